@@ -1,0 +1,165 @@
+"""What a run needs around its steps: device, nets, optimisers, data, pictures of progress, and its saved state."""
+
+import copy
+import hashlib
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nano_dmd import pictures
+from nano_dmd.checkpoint import UserError, cache_dir, load_tensors, load_weights, save_tensors
+from nano_dmd.data import load_data
+from nano_dmd.diagnostics import to_floats
+from nano_dmd.fake_score import FakeScore
+from nano_dmd.gan import Discriminator
+from nano_dmd.generator import Generator
+from nano_dmd.noise import Batch
+from nano_dmd.real_score import RealScore
+from nano_dmd.teacher import RECIPES, fit_or_load, heun, load_teacher, make_pairs, weights_digest
+
+
+@dataclass
+class Nets:
+    """real is frozen; the critic is fake + discriminator; ema is the generator people sample from."""
+
+    real: nn.Module
+    fake: nn.Module
+    discriminator: nn.Module
+    generator: nn.Module
+    ema: nn.Module
+    sigma_data: float
+
+
+def pick_device(name):
+    """'auto' -> cuda if there is one.  raises UserError for a device this machine lacks."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:                  # torch raises any, by kind of device
+        raise UserError(f"no device {name!r} on this machine ({str(e).splitlines()[0][:80]}); try --device cpu") from e
+    return device
+
+
+def find_teacher(cfg, device):
+    """The Teacher, with a network to start students from: an exact mixture gets one fitted to it."""
+    teacher = load_teacher(cfg.teacher, device, cfg.teacher_steps, cfg.teacher_seed)
+    if teacher.net is None:
+        steps = {"steps": cfg.teacher_steps} if cfg.teacher_steps else {}
+        net, recipe = fit_or_load(cfg.teacher, cfg.teacher, RECIPES["toy"] | steps, device, cfg.teacher_seed)
+        teacher = teacher._replace(net=net, recipe=recipe)
+    return teacher
+
+
+def cached_pairs(cfg, teacher, device):
+    """{"z", "x"[, "cond"]} noise-image pairs of this teacher, from the cache if they were made before."""
+    source = weights_digest(teacher.net) if teacher.denoiser is teacher.net else cfg.teacher
+    key = hashlib.sha256(f"{cfg.pairs} {cfg.pair_steps} {cfg.pair_sigma} {source}".encode()).hexdigest()[:10]
+    path = cache_dir() / f"pairs-{key}.safetensors"
+    if not path.exists():
+        rng = torch.Generator().manual_seed(0)
+        z = torch.randn(cfg.pairs, *teacher.shape, generator=rng).to(device)
+        cond = torch.randint(teacher.classes, (cfg.pairs,), generator=rng).to(device) if teacher.classes else None
+        x = make_pairs(teacher.denoiser, z, cond, steps=cfg.pair_steps, sigma_max=cfg.pair_sigma)
+        save_tensors(path, {"z": z, "x": x} | ({"cond": cond} if teacher.classes else {}))
+    return {k: v.to(device) for k, v in load_tensors(path).items()}
+
+
+def build(cfg, teacher, device):
+    """(Nets, {"generator", "critic"} optimisers) of a fresh run."""
+    torch.manual_seed(cfg.seed)                                   # from here on, cached teacher or not is the same
+    generator, fake = Generator(teacher.net, cfg.sigma_list()), FakeScore(teacher.net)
+    generator.net.bf16 = fake.net.bf16 = teacher.net.bf16 = cfg.bf16
+    z = torch.zeros(2, *teacher.shape, device=device)
+    discriminator = Discriminator(fake.features(z, z.new_ones(2)).shape[1:]).to(device)
+    nets = Nets(RealScore(teacher.denoiser, cfg.guidance), fake, discriminator, generator,
+                copy.deepcopy(generator).requires_grad_(False), teacher.sigma_data)
+    adam = dict(betas=(cfg.beta1, cfg.beta2), fused=True)
+    opts = {"generator": torch.optim.Adam(generator.parameters(), **adam),
+            "critic": torch.optim.Adam([*fake.parameters(), *discriminator.parameters()], **adam)}
+    return nets, opts
+
+
+class Draw:
+    """draw() -> Batch; draw.latest is the last one.
+
+    Indices, classes and steps come from the CPU generator rng, so that what the losses draw (torch's global
+    stream) never changes the order of the data.
+    """
+
+    def __init__(self, cfg, teacher, data, pairs, rng, device):
+        self.cfg, self.teacher, self.data, self.pairs, self.rng, self.device = cfg, teacher, data, pairs, rng, device
+        self.k, self.latest = len(cfg.sigma_list()), None
+
+    def integers(self, high):
+        return torch.randint(high, (self.cfg.batch,), generator=self.rng).to(self.device)
+
+    def __call__(self):
+        cfg, classes = self.cfg, self.teacher.classes
+        z = torch.randn(self.k, cfg.batch, *self.teacher.shape, device=self.device)
+        batch = self.latest = Batch(z, self.integers(classes) if classes else None)
+        if self.k > 1:
+            batch.step = int(torch.randint(self.k, (), generator=self.rng))
+            if not cfg.backward_simulation:
+                batch.start, batch.cond = self.data.sample(cfg.batch, self.rng)
+        if cfg.w_disc and cfg.method == "dmd2":
+            batch.real, batch.real_cond = self.data.sample(cfg.batch, self.rng)
+        if self.pairs:
+            index = self.integers(len(self.pairs["z"]))
+            batch.pair_z, batch.pair_x = self.pairs["z"][index][None], self.pairs["x"][index]
+            batch.pair_cond = self.pairs["cond"][index] if classes else None
+        return batch
+
+
+class Peek:
+    """Fixed noise, the teacher's answer to it, and pictures of the generator's answer over time."""
+
+    def __init__(self, teacher, k, device, columns=8):
+        rng = torch.Generator().manual_seed(0)
+        n = 20_000 if len(teacher.shape) == 1 else (teacher.classes or columns) * columns
+        self.z = torch.randn(k, n, *teacher.shape, generator=rng).to(device)
+        self.cond = torch.arange(teacher.classes, device=device).repeat_interleave(columns) if teacher.classes else None
+        self.columns, self.teacher = columns, heun(teacher.denoiser, self.z[0], self.cond)
+        self.reference = to_floats(dict(x_std=self.teacher.std(), spread=self.teacher.std(0).mean()))
+
+    @torch.no_grad()
+    def save(self, generator, path, beside_teacher=False):
+        panels = [self.teacher] * beside_teacher + [generator(self.z, self.cond)]
+        pictures.save_picture(path, *[pictures.tile(x, self.columns) for x in panels])
+
+
+def state(cfg, step, seconds, nets, opts, rng):
+    """Everything a resumed run needs to go on to the bit."""
+    modules = {name: getattr(nets, name).state_dict() for name in ("fake", "discriminator", "generator", "ema")}
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return dict(config=asdict(cfg), step=step, seconds=list(seconds), nets=modules,
+                rng=[torch.get_rng_state(), cuda, rng.get_state()],
+                opts={name: opt.state_dict() for name, opt in opts.items()})
+
+
+def restore(saved, nets, opts, rng, path):
+    """The inverse of state(): (step, seconds); raises UserError naming the first thing that does not fit."""
+    try:
+        for name, tensors in saved["nets"].items():
+            load_weights(getattr(nets, name), tensors, path)
+        for name, tensors in saved["opts"].items():
+            opts[name].load_state_dict(tensors)
+        cpu, cuda, data = saved["rng"]
+        rng.set_state(data.cpu())
+        torch.set_rng_state(cpu.cpu())
+        if torch.cuda.is_available() and cuda:
+            torch.cuda.set_rng_state_all([c.cpu() for c in cuda])
+        return saved["step"], saved["seconds"]
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+        raise UserError(f"checkpoint {path} is not one of this version ({type(e).__name__}: {e})") from e
+
+
+def peak_memory_mib(device):
+    """Peak memory of this process: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource                                               # Unix only, like the rest of torch's CPU numbers
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,235 @@
+"""Is the student any good?  Several numbers, because each one alone can be fooled.
+
+    python -m nano_dmd.evaluate RUN [--metric fd]
+
+images  fd        Frechet distance of pixels to the training images (class-conditional Gaussians do well here)
+        feat_fd   the same on the 64 features of a small classifier trained on every second image
+        precision, recall   share of samples inside the data's 5-NN balls, and of data inside the samples'
+        accuracy  3-nearest-neighbour class of a sample is the class asked for (class means get 1.00)
+        nearest   mean L2 distance to the nearest training image (0 = copies)
+2D      sw2       sliced 2-Wasserstein distance over that of fresh true samples (1 = indistinguishable)
+        in3       share within 3 std of a mode (true samples .989 in 2D)
+        modes     modes that hold more than a quarter of their share; weight_error  largest relative error of a mode's share
+"""
+
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nano_dmd.checkpoint import UserError, cache_dir, command, load_tensors, load_weights, read_json, save_tensors
+from nano_dmd.data import TensorData, load_data
+from nano_dmd.generator import Generator
+from nano_dmd.teacher import heun, load_teacher
+
+
+def frechet(x, y):
+    """|mean difference|^2 + tr(Cx + Cy - 2 (Cx Cy)^(1/2)) of two samples (N, D), (M, D); float64 throughout."""
+    (mx, cx), (my, cy) = [(v.mean(0), v.T.cov()) for v in (x.double(), y.double())]
+    value, vector = torch.linalg.eigh(cx)
+    root = (vector * value.clamp(min=0).sqrt()) @ vector.T
+    cross = torch.linalg.eigvalsh(root @ cy @ root).clamp(min=0).sqrt().sum()
+    return ((mx - my).square().sum() + cx.trace() + cy.trace() - 2 * cross).item()
+
+
+def coverage(of, by, k=5):
+    """Share of the rows of `of` that lie in the k-nearest-neighbour ball of some row of `by` (Kynkaanniemi 2019)."""
+    radius = torch.cdist(by, by).kthvalue(k + 1, dim=1).values                        # own distance 0 comes first
+    return (torch.cdist(of, by) <= radius).any(1).float().mean().item()
+
+
+def sliced_w2(x, y, directions=48):
+    """Sliced 2-Wasserstein distance of two equally large 2D samples (N, 2), over fixed directions."""
+    angle = torch.arange(directions, device=x.device) * torch.pi / directions
+    d = torch.stack([angle.cos(), angle.sin()])
+    return ((x @ d).sort(0).values - (y @ d).sort(0).values).square().mean().sqrt().item()
+
+
+class Classifier(nn.Module):
+    """A small CNN for 8x8 digits; features() is the space of feat_fd."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1),
+                                  nn.ReLU(), nn.Flatten(), nn.Linear(1024, 64), nn.ReLU())
+        self.out = nn.Linear(64, 10)
+
+    def features(self, x):
+        return self.body(x)
+
+    def forward(self, x):
+        return self.out(self.body(x))
+
+
+def digit_classifier(data):
+    """The classifier behind feat_fd, trained once on the even-numbered images (2 s) and cached; fixed seed."""
+    net, path = Classifier(), cache_dir() / "classifier-digits-1.safetensors"
+    if not path.exists():
+        with torch.random.fork_rng(), torch.enable_grad():
+            torch.manual_seed(0)
+            net, x, labels = Classifier(), data.x[::2].cpu(), data.labels[::2].cpu()
+            opt = torch.optim.Adam(net.parameters(), lr=2e-3)
+            for _ in range(300):
+                index = torch.randint(len(x), (128,))
+                loss = F.cross_entropy(net(x[index] + 0.1 * torch.randn_like(x[index])), labels[index])
+                opt.zero_grad()
+                loss.backward()
+                opt.step()
+        save_tensors(path, net.state_dict())
+    net.load_state_dict(load_tensors(path))
+    return net.to(data.x.device).eval()
+
+
+@torch.no_grad()
+def image_metrics(x, labels, data, classifier):
+    """All image metrics of samples x (N, C, H, W) asked for as classes labels (N,) against a TensorData."""
+    flat, real = x.flatten(1), data.x.flatten(1)
+    distance, index = torch.cdist(flat, real).topk(3, largest=False)
+    votes = data.labels[index].mode(1).values
+    return dict(fd=frechet(flat, real), feat_fd=frechet(classifier.features(x), classifier.features(data.x)),
+                precision=coverage(flat, real), recall=coverage(real, flat),
+                accuracy=(votes == labels).float().mean().item(), nearest=distance[:, 0].mean().item())
+
+
+@torch.no_grad()
+def split_halves(data):
+    """The same metrics for real data: one half against the other.  Half the sample doubles the bias of a Frechet distance."""
+    order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(0)).to(data.x.device)
+    a, b = order[: len(order) // 2], order[len(order) // 2 :]
+    return image_metrics(data.x[a], data.labels[a], TensorData(data.x[b], data.labels[b]), digit_classifier(data))
+
+
+def stratified(mixture, n):
+    """n samples with every component's share exact, the reference of sw2."""
+    k = torch.repeat_interleave(torch.arange(len(mixture.means)), (mixture.weights.cpu() * n).round().int())[:n]
+    k = torch.cat([k, k.new_zeros(n - len(k))]).to(mixture.means.device)
+    noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(1)).to(mixture.means)
+    return mixture.means[k] + mixture.std[k, None] * noise
+
+
+@torch.no_grad()
+def mixture_metrics(x, mixture):
+    """All 2D metrics of samples x (N, 2) against a Mixture."""
+    n, rng = len(x), torch.Generator().manual_seed(2)
+    reference = stratified(mixture, n)
+    floor = sum(sliced_w2(mixture.sample(n, rng)[0], reference) for _ in range(8)) / 8
+    distance, mode = (torch.cdist(x, mixture.means) / mixture.std).min(1)
+    inside, count = distance <= 3, len(mixture.means)
+    found = torch.bincount(mode[inside], minlength=count) / n
+    share = torch.bincount(mode, minlength=count) / n
+    return dict(sw2=sliced_w2(x, reference) / floor, in3=inside.float().mean().item(),
+                modes=int((found > mixture.weights / 4).sum()),
+                weight_error=(share / mixture.weights - 1).abs().max().item())
+
+
+def measure(sample, data, draws=5):
+    """Mean metrics of sample(z, cond) -> x over several draws; the noise comes from fixed seeds.
+
+    Images: as many samples as the data set has, with its labels.  2D: 50,000 points a draw.
+    """
+    rows, device = [], data.means.device if hasattr(data, "means") else data.x.device
+    for seed in range(draws):
+        rng = torch.Generator().manual_seed(1000 + seed)
+        if hasattr(data, "means"):
+            z = torch.randn(50_000, *data.shape, generator=rng).to(device)
+            rows.append(mixture_metrics(in_batches(sample, z, None, 10_000, rng), data))
+        else:
+            z = torch.randn(data.x.shape, generator=rng).to(device)
+            x = in_batches(sample, z, data.labels, 600, rng)
+            rows.append(image_metrics(x, data.labels, data, digit_classifier(data)))
+    return {k: sum(r[k] for r in rows) / draws for k in rows[0]}
+
+
+@torch.no_grad()
+def in_batches(sample, z, cond, size, rng):
+    return torch.cat([sample(z[i : i + size], None if cond is None else cond[i : i + size], rng)
+                      for i in range(0, len(z), size)])
+
+
+def student_sampler(generator):
+    """sample(z, cond, rng) for a Generator: z starts it, later steps take fresh noise from the CPU generator rng."""
+    def sample(z, cond, rng):
+        later = [torch.randn(z.shape, generator=rng).to(z) for _ in generator.sigmas[1:]]
+        return generator(torch.stack([z, *later]), cond)
+
+    return sample
+
+
+@torch.no_grad()
+def milliseconds(sample, shape, classes, device, batch=64, repeats=5):
+    """Median milliseconds to make one batch, after a warm-up."""
+    z, rng = torch.randn(batch, *shape, device=device), torch.Generator()
+    cond = torch.zeros(batch, dtype=torch.long, device=device) if classes else None
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        sample(z, cond, rng)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1000 * (time.perf_counter() - start))
+    return sorted(times[1:])[repeats // 2]
+
+
+def rows(generator, teacher, data, label, draws=5):
+    """{"real halves", "teacher", label: {metric: number}} with network calls, samples/s and speed-up."""
+    device = next(generator.parameters()).device
+    samplers = {"teacher": (lambda z, cond, rng: heun(teacher.denoiser, z, cond), 35, 1),
+                label: (student_sampler(generator), len(generator.sigmas), draws)}
+    result = {"real halves": split_halves(data)} if hasattr(data, "x") else {}
+    for name, (sample, calls, repeats) in samplers.items():
+        ms = milliseconds(sample, teacher.shape, teacher.classes, device)
+        result[name] = measure(sample, data, repeats) | {"NFE": calls, "samples/s": 64_000 / ms}
+    result[label]["speed-up"] = result[label]["samples/s"] / result["teacher"]["samples/s"]
+    return result
+
+
+def table(rows):
+    """Rows {label: {column: number}} as text, columns in order of first appearance."""
+    columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+    lines = [[""] + columns] + [[label] + [show(row.get(c)) for c in columns] for label, row in rows.items()]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+                     for line in lines)
+
+
+def show(value):
+    if value is None:
+        return "-"
+    return value if isinstance(value, str) else f"{value:d}" if isinstance(value, int) else f"{value:.3g}"
+
+
+def load_run(folder, device="cpu"):
+    """(Config, Teacher, EMA Generator) of a run folder.  raises UserError if it is not one."""
+    from nano_dmd.presets import Config
+
+    folder = Path(folder)
+    cfg, teacher = Config(**read_json(folder / "config.json")), load_teacher(str(folder), device)
+    generator = Generator(teacher.net, cfg.sigma_list())
+    load_weights(generator, load_tensors(folder / "generator.safetensors"), folder / "generator.safetensors")
+    generator.net.bf16 = teacher.net.bf16 = cfg.bf16
+    if cfg.teacher.startswith("toy:"):
+        teacher = teacher._replace(denoiser=load_data(cfg.teacher, device))
+    return cfg, teacher, generator.requires_grad_(False)
+
+
+def main(argv=None):
+    from nano_dmd.assemble import pick_device
+    from nano_dmd.presets import parser
+
+    p = parser("python -m nano_dmd.evaluate", __doc__)
+    p.add_argument("run", help="a run folder")
+    p.add_argument("--metric", help="print this metric alone, e.g. fd or sw2")
+    p.add_argument("--draws", type=int, default=5, help="independent sample sets to average over")
+    p.add_argument("--device", default="auto", help="auto | cpu | cuda")
+    args = p.parse_args(argv)
+    cfg, teacher, generator = load_run(args.run, pick_device(args.device))
+    result = rows(generator, teacher, load_data(cfg.data or teacher.data, pick_device(args.device)), cfg.method, args.draws)
+    if args.metric and args.metric not in result[cfg.method]:
+        raise UserError(f"no metric {args.metric!r} here: choose from {', '.join(result[cfg.method])}")
+    print(table({k: {args.metric: v[args.metric]} for k, v in result.items() if args.metric in v} if args.metric else result))
+
+
+if __name__ == "__main__":
+    command(main)

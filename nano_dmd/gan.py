@@ -1,0 +1,61 @@
+"""DMD2's GAN term: a small head on the fake score's bottleneck tells noised real from noised generated samples.
+
+It is the only place where real data enters: distribution matching alone inherits the teacher's mistakes,
+real images can repair them (DMD2 section 4.3). Both kinds of sample are noised before the critic looks,
+so the two distributions overlap and the gradient is informative at every scale.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nano_dmd.noise import add_noise, draw_sigma
+
+
+class Discriminator(nn.Module):
+    """Features (B, C) or (B, C, H, W) of the fake score -> one logit per sample (B,).
+
+    Differs: DMD2's head is strided 4x4 convolutions with GroupNorm for 8x8 and larger bottlenecks; ours
+    averages nothing away either, it flattens what is a 4x4 bottleneck at most.
+    """
+
+    def __init__(self, feature_shape, width=128):
+        super().__init__()
+        size = torch.Size(feature_shape).numel()
+        self.head = nn.Sequential(nn.Flatten(), nn.LayerNorm(size), nn.Linear(size, width), nn.SiLU(), nn.Linear(width, 1))
+
+    def forward(self, features):
+        return self.head(features)[:, 0]
+
+
+def generator_logit_loss(logits_fake):
+    """Non-saturating generator loss, mean softplus(-D(fake)).  DMD2 eq. 4; logits (B,) -> scalar."""
+    return F.softplus(-logits_fake).mean()
+
+
+def critic_logit_loss(logits_real, logits_fake):
+    """Logistic discriminator loss, mean softplus(D(fake)) + mean softplus(-D(real)); logits (B,) each -> scalar."""
+    return F.softplus(logits_fake).mean() + F.softplus(-logits_real).mean()
+
+
+def logits(x, nets, cond, cfg):
+    """(logits (B,), sigma (B,)) of the discriminator at one fresh noising of x (B, *S)."""
+    sigma = draw_sigma(cfg.gan_sigma, len(x), x.device)
+    xt = add_noise(x, sigma, torch.randn_like(x))
+    return nets.discriminator(nets.fake.features(xt, sigma, cond)), sigma
+
+
+def gan_generator_loss(x, nets, batch, cfg):
+    """Push x to where the critic sees real data.  The gradient flows through the fake score's encoder into x;
+    its weights are frozen meanwhile (train.train_step), which readers mistake for "no gradient"."""
+    logits_fake, sigma = logits(x, nets, batch.cond, cfg)
+    batch.mean("gan_generator_loss", F.softplus(-logits_fake)[:, None], sigma)
+    return generator_logit_loss(logits_fake)
+
+
+def gan_critic_loss(x, nets, batch, cfg):
+    """Train head and fake-score encoder to tell batch.real from x; noise and sigma are drawn apart for each."""
+    logits_fake, sigma = logits(x.detach(), nets, batch.cond, cfg)
+    logits_real, _ = logits(batch.real, nets, batch.real_cond, cfg)
+    batch.mean("gan_critic_loss", F.softplus(logits_fake)[:, None], sigma)
+    return critic_logit_loss(logits_real, logits_fake)

@@ -1,0 +1,111 @@
+"""The two small networks one reads first: an MLP for points in 2D and a U-Net for 8x8 digits.
+
+Both have the raw signature that teacher.EDM wraps,
+
+    net(x, c_noise, cond) -> (B, *S)        x already scaled to unit variance, c_noise (B,) = ln(sigma) / 4
+
+and net.features(x, c_noise, cond) -> (B, C, ...), the activations the GAN head looks at.
+cond is None or (B,) int64; None and -1 both mean "no class" (EDM feeds zeros there, and so do we).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class MLP(nn.Module):
+    """Points in R^dim: sines and cosines of the point and of c_noise, then ReLU layers.
+
+    ReLU, not SiLU: sharper boundaries between modes (share within 3 std .87 -> .96 on ring8).
+    """
+
+    def __init__(self, dim=2, width=128, depth=3):
+        super().__init__()
+        octaves = torch.pi / 2 * torch.tensor([1.0, 2.0, 4.0])
+        freqs = torch.zeros(dim + 1, 3 * dim + 4)                 # (x, c_noise) @ freqs = all the phases at once
+        for d in range(dim):
+            freqs[d, 3 * d : 3 * d + 3] = octaves
+        freqs[dim, 3 * dim :] = torch.tensor([1.0, 2.0, 4.0, 8.0])
+        self.register_buffer("freqs", freqs)
+        widths = [dim + 2 * freqs.shape[1]] + [width] * depth
+        self.hidden = nn.Sequential(*[m for a, b in zip(widths, widths[1:]) for m in (nn.Linear(a, b), nn.ReLU())])
+        self.out = nn.Linear(width, dim)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def features(self, x, c_noise, cond=None):
+        phase = torch.cat([x, c_noise[:, None]], 1) @ self.freqs
+        return self.hidden(torch.cat([x, phase.sin(), phase.cos()], 1))              # (B, width)
+
+    def forward(self, x, c_noise, cond=None):
+        return self.out(self.features(x, c_noise, cond))
+
+
+class Block(nn.Module):
+    """Residual block; the noise level and the class modulate it by a scale and a shift per channel."""
+
+    def __init__(self, channels, emb):
+        super().__init__()
+        self.conv0 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.modulate = nn.Linear(emb, 2 * channels)
+        nn.init.zeros_(self.conv1.weight)
+        nn.init.zeros_(self.conv1.bias)
+
+    def forward(self, x, emb):
+        scale, shift = self.modulate(emb)[:, :, None, None].chunk(2, dim=1)           # (B, C, 1, 1) each
+        h = self.conv0(F.silu(channel_norm(x)))
+        h = torch.addcmul(shift, channel_norm(h), 1 + scale)
+        return x + self.conv1(F.silu(h))
+
+
+def channel_norm(x):
+    """LayerNorm over the channels of each pixel, x (B, C, H, W); free of copies in channels_last memory."""
+    return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)
+
+
+class UNet(nn.Module):
+    """Class-conditional U-Net for small images: full resolution, half resolution, and back."""
+
+    def __init__(self, channels=1, classes=10, width=32, emb=128):
+        super().__init__()
+        self.classes = classes
+        self.register_buffer("freqs", torch.exp(torch.linspace(-1.0, 3.0, 16)))
+        self.embed_noise = nn.Linear(32, emb)
+        self.embed_class = nn.Linear(max(classes, 1), emb, bias=False)
+        self.embed_out = nn.Linear(emb, emb)
+        self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
+        self.enc = Block(width, emb)
+        self.down = nn.Conv2d(width, 2 * width, 2, stride=2)
+        self.enc_half = Block(2 * width, emb)
+        self.mid = Block(2 * width, emb)
+        self.dec_half = Block(2 * width, emb)
+        self.up = nn.ConvTranspose2d(2 * width, width, 2, stride=2)
+        self.join = nn.Conv2d(2 * width, width, 1)
+        self.dec = Block(width, emb)
+        self.conv_out = nn.Conv2d(width, channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+        self.to(memory_format=torch.channels_last)
+
+    def embed(self, c_noise, cond):
+        phase = c_noise[:, None] * self.freqs
+        emb = self.embed_noise(torch.cat([phase.sin(), phase.cos()], 1))
+        if cond is not None:
+            one_hot = F.one_hot(cond.clamp(min=0), self.classes) * (cond >= 0)[:, None]
+            emb = emb + self.embed_class(one_hot.to(emb.dtype))
+        return F.silu(self.embed_out(F.silu(emb)))
+
+    def encode(self, x, emb):
+        skip = self.enc(self.conv_in(x.contiguous(memory_format=torch.channels_last)), emb)
+        return skip, self.mid(self.enc_half(self.down(skip), emb), emb)
+
+    def features(self, x, c_noise, cond=None):
+        return self.encode(x, self.embed(c_noise, cond))[1]                           # (B, 2 width, H/2, W/2)
+
+    def forward(self, x, c_noise, cond=None):
+        emb = self.embed(c_noise, cond)
+        skip, h = self.encode(x, emb)
+        h = self.up(self.dec_half(h, emb))
+        h = self.dec(self.join(torch.cat([h, skip], 1)), emb)
+        return self.conv_out(F.silu(channel_norm(h)))

@@ -1,0 +1,99 @@
+"""The noise axis: everything that happens to a clean sample before a denoiser sees it.
+
+Noise is variance-exploding everywhere in this package:
+
+    xt = x + sigma * noise,    x in data units (images in [-1, 1]),    noise ~ N(0, I)
+
+so one number, sigma, says how noisy xt is, and no alpha_t appears in any loss. A network trained
+with another convention (eps- or v-prediction) is converted once, by an adapter in teacher.py.
+
+Limit: alpha_t = 0 (flow matching at t = 1, zero-SNR schedules) is sigma = infinity. Scores are only
+ever asked at finite sigma; a generator owns its own input and may still start from pure noise.
+"""
+
+import re
+from dataclasses import dataclass, field
+
+import torch
+
+
+def expand(v, x):
+    """Reshape v (B,) to (B, 1, ..., 1) so that it broadcasts against x (B, *S).
+
+    raises ValueError unless v is exactly (B,): with 2D data and B = 2 a (2,) that meant something
+    else would broadcast silently.
+    """
+    if v.shape != x.shape[:1]:
+        raise ValueError(f"expected one number per sample, shape ({x.shape[0]},), got {tuple(v.shape)}")
+    return v.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def add_noise(x, sigma, noise):
+    """x + sigma * noise.  x, noise (B, *S); sigma (B,) in data units; returns xt (B, *S)."""
+    return x + expand(sigma, x) * noise
+
+
+def karras(u, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+    """Warp u in [0, 1] to a noise level: 0 -> sigma_max, 1 -> sigma_min.  EDM (Karras et al. 2022) eq. 5."""
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return (high + u * (low - high)) ** rho
+
+
+def karras_sigmas(n, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+    """The (n,) descending noise levels of EDM's sampler, sigma_max first (float64: heun integrates over them)."""
+    return karras(torch.linspace(0, 1, n, dtype=torch.float64), sigma_min, sigma_max, rho)
+
+
+def parse_sigma(spec):
+    """'lognormal(mean,std)' or 'karras(low,high)' -> (name, a, b); raises ValueError on anything else."""
+    match = re.fullmatch(r"(lognormal|karras)\(([^,]+),([^,]+)\)", spec.replace(" ", ""))
+    try:
+        name, a, b = match[1], float(match[2]), float(match[3])
+    except (TypeError, ValueError):
+        raise ValueError(f"noise distribution must read lognormal(mean,std) or karras(low,high), got {spec!r}") from None
+    if not (0 < b < float("inf")) or (name == "karras" and not 0 < a < b):
+        raise ValueError(f"noise distribution {spec!r} needs std > 0, or 0 < low < high")
+    return name, a, b
+
+
+def draw_sigma(spec, n, device):
+    """(n,) random noise levels, float32.
+
+    lognormal(m,s)  ln sigma ~ N(m, s^2): EDM's training distribution, m = -1.2, s = 1.2
+    karras(lo,hi)   sigma^(1/7) uniform between lo and hi: DMD's "uniform timestep 20..980 of 1000" is
+                    karras(0.0032,72), SiD's "t_max = 800" is karras(0.002,24.4)
+    """
+    name, a, b = parse_sigma(spec)
+    if name == "lognormal":
+        return torch.exp(a + b * torch.randn(n, device=device))
+    return karras(torch.rand(n, device=device), a, b)
+
+
+@dataclass
+class Batch:
+    """What one update sees.  None where a method does not ask for it.
+
+    z         (k, B, *S)  unit noise of the generator's k steps, z[0] starts it
+    cond      None | (B,) class labels
+    step      int         the generator step that is trained, one for the whole batch (0 for one-step)
+    start     (B, *S)     data to noise instead of simulating earlier steps (only for the comparison)
+    real      (B, *S)     data, with its own labels real_cond          (GAN only)
+    pair_z    (1, B, *S)  noise and the teacher's Heun answer pair_x   (regression only)
+    """
+
+    z: torch.Tensor
+    cond: torch.Tensor | None = None
+    step: int = 0
+    start: torch.Tensor | None = None
+    real: torch.Tensor | None = None
+    real_cond: torch.Tensor | None = None
+    pair_z: torch.Tensor | None = None
+    pair_x: torch.Tensor | None = None
+    pair_cond: torch.Tensor | None = None
+    seen: dict = field(default_factory=dict)
+
+    def mean(self, name, loss, sigma):
+        """Mean over everything of loss (B, ...); keeps (sigma, loss per sample) for logs and NaN reports."""
+        per_sample = loss.flatten(1).mean(1)
+        self.seen[name] = (sigma, per_sample.detach())
+        return per_sample.mean()

@@ -1,0 +1,36 @@
+"""Pictures for people: PNG grids of images and density maps of 2D points, with torchvision alone."""
+
+import io
+
+import torch
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+
+from nano_dmd.checkpoint import write_atomic
+
+
+def density(x, size=256, extent=1.2):
+    """2D points (N, 2) -> (3, size, size) histogram in [0, 1]: white paper, dark where samples are dense."""
+    x = x.detach().float().cpu()
+    index = ((x + extent) / (2 * extent) * size).long()
+    index = index[((index >= 0) & (index < size)).all(1)]
+    counts = torch.bincount((size - 1 - index[:, 1]) * size + index[:, 0], minlength=size * size).view(size, size)
+    ink = 1 - torch.exp(-counts * (size * size / 40) / max(len(x), 1))
+    return 1 - ink * torch.tensor([0.9, 0.65, 0.2])[:, None, None]
+
+
+def tile(x, columns, scale=4):
+    """Images (N, C, H, W) in [-1, 1], or points (N, 2), -> one picture (3, H', W') in [0, 1]."""
+    if x.ndim == 2:
+        return density(x)
+    grid = make_grid((x.detach().float().cpu().clamp(-1, 1) + 1) / 2, columns, padding=1, pad_value=0.5)
+    return grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+
+
+def save_picture(path, *panels):
+    """Write (3, H, W) panels side by side, a white gap between them."""
+    gap = torch.ones(3, panels[0].shape[1], 12)
+    wide = torch.cat([p for panel in panels for p in (panel, gap)][:-1], 2)
+    buffer = io.BytesIO()
+    to_pil_image(wide).save(buffer, "PNG")
+    write_atomic(path, buffer.getvalue())

@@ -1,0 +1,232 @@
+"""Distil a teacher into a one-step generator: METHODS says what is minimised, train_step is the whole algorithm.
+
+    python -m nano_dmd.train --preset digits --method sid --seed 1
+"""
+
+import json
+import platform
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from nano_dmd import evaluate
+from nano_dmd.assemble import Draw, Peek, build, cached_pairs, find_teacher, peak_memory_mib, pick_device, restore, state
+from nano_dmd.checkpoint import (UserError, command, load_checkpoint, read_json, save_checkpoint, save_tensors,
+                                 write_atomic, write_json)
+from nano_dmd.data import load_data
+from nano_dmd.diagnostics import by_level, diagnose, to_floats
+from nano_dmd.dmd_loss import diff_instruct_loss, dmd_loss, regression_loss
+from nano_dmd.fake_score import denoising_loss
+from nano_dmd.gan import gan_critic_loss, gan_generator_loss
+from nano_dmd.generator import update_ema
+from nano_dmd.presets import PRESETS, Config, add_config_flags, describe, free_folder, parser, resolve, resolve_resumed  # noqa: F401 (PRESETS: public)
+from nano_dmd.sid_loss import sid_loss
+from nano_dmd.teacher import save_teacher
+
+
+class Method(NamedTuple):
+    """A method is its two lists of (name of the weight in Config, loss(x, nets, batch, cfg) -> scalar)."""
+
+    generator: list
+    critic: list
+
+
+FAKE, DISC = ("w_fake", denoising_loss), ("w_disc", gan_critic_loss)
+METHODS = {
+    "dmd": Method(generator=[("w_dm", dmd_loss), ("w_reg", regression_loss)], critic=[FAKE]),
+    "dmd2": Method(generator=[("w_dm", dmd_loss), ("w_gan", gan_generator_loss)], critic=[FAKE, DISC]),
+    "sid": Method(generator=[("w_sid", sid_loss)], critic=[FAKE]),
+    "diff_instruct": Method(generator=[("w_dm", diff_instruct_loss)], critic=[FAKE]),
+    "regression": Method(generator=[("w_reg", regression_loss)], critic=[]),         # the control for dmd
+}
+
+
+def train_step(nets, opts, draw, cfg, step=10**9):
+    """cfg.critic_steps critic updates, then one generator update (that is one "step"), then the average.
+
+    nets, opts, draw come from assemble.py; step counts from 0 and only sets the ramp of the average.
+    returns {loss name: scalar tensor}, unweighted, still on the device.
+
+    The generator does not move during the critic's updates, so the last of its batches serves both.
+    Differs: DMD2 steps the generator first, SiD draws that batch afresh (one more generator pass).
+    """
+    method, logs = METHODS[cfg.method], {}
+
+    critic_requires_grad(nets, True)                              # 1. fit the critic to where G is now
+    for i in range(cfg.critic_steps):
+        batch = draw()
+        with torch.set_grad_enabled(i == cfg.critic_steps - 1):
+            x = nets.generator(batch.z, batch.cond, batch.step, batch.start)          # (B, *S) clean samples
+        update(opts["critic"], method.critic, x.detach(), nets, batch, cfg, logs)
+
+    critic_requires_grad(nets, False)                             # 2. move G; gradients pass *through* the critic
+    update(opts["generator"], method.generator, x, nets, batch, cfg, logs)
+
+    update_ema(nets.ema, nets.generator, step, cfg.ema)           # 3. the copy we sample from
+    return logs
+
+
+def update(opt, terms, x, nets, batch, cfg, logs):
+    """One Adam step on sum_i weight_i * loss_i; terms of weight 0 are not computed; logs every loss unweighted."""
+    losses = {loss.__name__: (getattr(cfg, w), loss(x, nets, batch, cfg)) for w, loss in terms if getattr(cfg, w)}
+    if not losses:
+        return
+    opt.zero_grad(set_to_none=True)
+    sum(w * loss for w, loss in losses.values()).backward()
+    if cfg.clip:
+        nn.utils.clip_grad_norm_([p for group in opt.param_groups for p in group["params"]], cfg.clip)
+    opt.step()
+    logs.update({name: loss.detach() for name, (_, loss) in losses.items()})
+
+
+def critic_requires_grad(nets, on):
+    nets.fake.requires_grad_(on)
+    nets.discriminator.requires_grad_(on)
+
+
+def learning_rate(step, cfg):
+    """Factor on both rates: linear warm-up, then linear decay to 0 from cfg.decay_from of the run."""
+    left = (1 - step / cfg.steps) / (1 - cfg.decay_from) if cfg.decay_from < 1 else 1.0
+    return min(1.0, left, (step + 1) / cfg.warmup if cfg.warmup else 1.0)
+
+
+def check_finite(history):
+    """Stop at the first step whose losses are not finite.  One device synchronisation for the whole history."""
+    if not history or torch.stack([v for _, logs, _ in history for v in logs.values()]).isfinite().all():
+        return
+    for step, logs, seen in history:
+        for name, value in logs.items():
+            if not value.isfinite():
+                sigma, loss = seen.get(name, (None, None))
+                where = "" if sigma is None else f" (sigma {sigma[(~loss.isfinite()).long().argmax()].item():.4g})"
+                raise UserError(f"{name} is {value.item()} at step {step + 1}{where}: the last good checkpoint is kept; "
+                                "lower the learning rates or try another --seed")
+
+
+def warn_if_sick(numbers, reference, bar):
+    """Exploding or collapsed samples deserve more than a number in a log."""
+    if numbers["x_std"] > 3 * reference["x_std"]:
+        bar.write(f"WARNING: samples are exploding, std {numbers['x_std']:.3g} against {reference['x_std']:.3g} of the teacher")
+    if numbers["spread"] < 0.3 * reference["spread"]:
+        bar.write(f"WARNING: samples are collapsing, spread {numbers['spread']:.3g} against {reference['spread']:.3g} of the teacher")
+
+
+class Clock:
+    """[CPU, wall] seconds since the start, those of the earlier parts of a resumed run included."""
+
+    def __init__(self, before=(0.0, 0.0)):
+        self.zero = before[0] - time.process_time(), before[1] - time.perf_counter()
+
+    def read(self):
+        return [round(self.zero[0] + time.process_time(), 3), round(self.zero[1] + time.perf_counter(), 3)]
+
+
+def train(cfg, nets, opts, draw, peek, out, step=0, seconds=(0.0, 0.0)):
+    """The loop: train_step, then every so often a line of log.jsonl, a picture, a checkpoint.  Returns the seconds."""
+    clock, history = Clock(seconds), []
+    bar = tqdm(range(step, cfg.steps), initial=step, total=cfg.steps, desc=cfg.method)
+    for step in bar:
+        for name, opt in opts.items():
+            opt.param_groups[0]["lr"] = getattr(cfg, f"lr_{name}") * learning_rate(step, cfg)
+        logs = train_step(nets, opts, draw, cfg, step)
+        history.append((step + 1, logs, draw.latest.seen))
+        done, last = step + 1, step + 1 == cfg.steps
+        if done % cfg.log_every == 0 or last:
+            history = check_finite(history)
+            record = dict(step=done, critic_updates=done * cfg.critic_steps, seconds=clock.read(), **to_floats(logs),
+                          **diagnose(METHODS[cfg.method].generator, nets, draw.latest, cfg), by_sigma=by_level(draw.latest.seen))
+            with open(out / "log.jsonl", "a") as f:
+                f.write(json.dumps(record) + "\n")
+            report_progress(record, peek.reference, bar)
+        if done % cfg.sample_every == 0 or last:
+            peek.save(nets.ema, out / "samples" / f"{done:06d}.png")
+        if done % cfg.save_every == 0 or last:
+            history = check_finite(history)
+            save_checkpoint(out / "checkpoint.pt", state(cfg, done, clock.read(), nets, opts, draw.rng))
+    return clock.read()
+
+
+def check_finite(history):
+    """Stop at the first step whose losses are not finite; one device synchronisation for the whole history."""
+    if history and not torch.stack([v for _, logs, _ in history for v in logs.values()]).isfinite().all():
+        for step, logs, seen in history:
+            for name, value in logs.items():
+                if not value.isfinite():
+                    sigma, loss = seen[name]
+                    where = "" if sigma is None else f" (sigma {sigma[(~loss.isfinite()).int().argmax()].item():.4g})"
+                    raise UserError(f"{name} is {value.item()} at step {step}{where}; the last good checkpoint is kept: "
+                                    "lower the learning rates or try another --seed")
+    return []
+
+
+def report_progress(record, reference, bar):
+    """The numbers that matter on the bar; a visible warning when samples explode or collapse."""
+    bar.set_postfix(mesm=f"{sum(record['mesm']):.3f}", fake=f"{sum(record['fake_loss']):.3f}", spread=f"{record['spread']:.3f}")
+    if record["x_std"] > 3 * reference["x_std"]:
+        bar.write(f"WARNING: samples explode: std {record['x_std']:.3g}, the teacher's is {reference['x_std']:.3g}")
+    if record["spread"] < 0.3 * reference["spread"]:
+        bar.write(f"WARNING: samples collapse: spread {record['spread']:.3g}, the teacher's is {reference['spread']:.3g}")
+
+
+def run(cfg, resume=False):
+    """Everything from a resolved Config to a finished run folder; returns the report, also in report.json."""
+    device, out = pick_device(cfg.device), Path(cfg.out)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    saved = load_checkpoint(out / "checkpoint.pt", device) if resume else None
+    write_json(out / "config.json", asdict(cfg))
+    teacher = find_teacher(cfg, device)
+    save_teacher(out, teacher.net, teacher.recipe)
+    data = load_data(cfg.data or teacher.data, device)
+    uses_pairs = any(w == "w_reg" and cfg.w_reg for w, _ in METHODS[cfg.method].generator)
+    pairs = cached_pairs(cfg, teacher, device) if uses_pairs else None
+    nets, opts = build(cfg, teacher, device)
+    rng = torch.Generator().manual_seed(cfg.seed)
+    peek = Peek(teacher, len(cfg.sigma_list()), device)
+    step, seconds = restore(saved, nets, opts, rng, out / "checkpoint.pt") if resume else (0, (0.0, 0.0))
+    trim_log(out / "log.jsonl", step)
+    seconds = train(cfg, nets, opts, Draw(cfg, teacher, data, pairs, rng, device), peek, out, step, seconds)
+    save_tensors(out / "generator.safetensors", nets.ema.state_dict(), sigmas=cfg.sigmas, preset=cfg.preset)
+    peek.save(nets.ema, out / "samples.png", beside_teacher=True)
+    rows = evaluate.rows(nets.ema, teacher, data, cfg.method)
+    report = dict(rows=rows, cpu_seconds=seconds[0], seconds=seconds[1], teacher_cpu_seconds=teacher.recipe["seconds"],
+                  peak_memory_mib=round(peak_memory_mib(device)), device=str(device), machine=platform.processor() or platform.machine(),
+                  threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version())
+    write_json(out / "report.json", report)
+    return report
+
+
+def trim_log(path, step):
+    """Keep the lines up to a checkpoint's step: what a killed run logged after it will be logged again."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    write_atomic(path, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
+
+
+def main(argv=None):
+    """The command line; returns the exit code (2 for a mistake of the user's, with one sentence)."""
+    p = parser("python -m nano_dmd.train", __doc__)
+    add_config_flags(p)
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out, to the bit")
+    p.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
+    given = vars(p.parse_args(argv))
+    resume, dry_run = given.pop("resume"), given.pop("dry_run")
+    cfg = resolve_resumed(given) if resume else resolve(given)
+    print(describe(cfg), flush=True)
+    if dry_run:
+        return
+    if not resume and (Path(cfg.out) / "checkpoint.pt").exists():
+        if "out" in given:
+            raise UserError(f"{cfg.out} already holds a run: add --resume to go on with it, or choose another --out")
+        cfg = replace(cfg, out=free_folder(cfg.out))
+    report = run(cfg, resume)
+    print(evaluate.table(report["rows"]))
+    print(f"{report['seconds']:.0f} s of distillation ({report['cpu_seconds']:.0f} CPU s); pictures and numbers are in {cfg.out}/")
+
+
+if __name__ == "__main__":
+    command(main)
