@@ -95,27 +95,6 @@ def learning_rate(step, cfg):
     return min(1.0, left, (step + 1) / cfg.warmup if cfg.warmup else 1.0)
 
 
-def check_finite(history):
-    """Stop at the first step whose losses are not finite.  One device synchronisation for the whole history."""
-    if not history or torch.stack([v for _, logs, _ in history for v in logs.values()]).isfinite().all():
-        return
-    for step, logs, seen in history:
-        for name, value in logs.items():
-            if not value.isfinite():
-                sigma, loss = seen.get(name, (None, None))
-                where = "" if sigma is None else f" (sigma {sigma[(~loss.isfinite()).long().argmax()].item():.4g})"
-                raise UserError(f"{name} is {value.item()} at step {step + 1}{where}: the last good checkpoint is kept; "
-                                "lower the learning rates or try another --seed")
-
-
-def warn_if_sick(numbers, reference, bar):
-    """Exploding or collapsed samples deserve more than a number in a log."""
-    if numbers["x_std"] > 3 * reference["x_std"]:
-        bar.write(f"WARNING: samples are exploding, std {numbers['x_std']:.3g} against {reference['x_std']:.3g} of the teacher")
-    if numbers["spread"] < 0.3 * reference["spread"]:
-        bar.write(f"WARNING: samples are collapsing, spread {numbers['spread']:.3g} against {reference['spread']:.3g} of the teacher")
-
-
 class Clock:
     """[CPU, wall] seconds since the start, those of the earlier parts of a resumed run included."""
 

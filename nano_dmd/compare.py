@@ -1,0 +1,83 @@
+"""Several settings, several seeds, one table with mean and spread.
+
+    python -m nano_dmd.compare --preset digits --seeds 5 dmd regression sid "dmd2 --w_gan 0 --w_disc 0"
+
+Each row is a method, perhaps with flags of nano_dmd.train. Runs live in --out/ROW/SEED; a finished one is not
+run again, so an interrupted comparison goes on where it stopped. --jobs runs that many side by side.
+"""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+
+from nano_dmd.checkpoint import UserError, command, read_json, write_atomic
+from nano_dmd.evaluate import table
+from nano_dmd.presets import add_config_flags, parser, resolve
+
+
+def run_once(flags, folder):
+    """The report of one training run in a process of its own, or of the earlier one found in folder."""
+    if not (folder / "report.json").exists():
+        resume = ["--resume", "--out", str(folder)] if (folder / "checkpoint.pt").exists() else [*flags, "--out", str(folder)]
+        done = subprocess.run([sys.executable, "-m", "nano_dmd.train", *resume], capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"{' '.join(flags)} failed: {done.stderr.strip().splitlines()[-1]}")
+    return read_json(folder / "report.json")
+
+
+def compare(preset, rows, seeds, out, jobs=1):
+    """{row: {metric: (mean, spread)}}, spread = standard deviation over seeds; writes compare.json and compare.txt."""
+    out, flags = Path(out), {row: ["--preset", preset, "--method", *shlex.split(row)] for row in rows}
+    for row in rows:                                              # complain about a typo before hours of work, not after
+        p = parser("compare", "")
+        add_config_flags(p)
+        resolve(vars(p.parse_args(flags[row])))
+    folder = {row: out / re.sub(r"[^\w.]+", "-", row).strip("-") for row in rows}
+    with ThreadPoolExecutor(jobs) as pool:
+        first = pool.submit(run_once, [*flags[rows[0]], "--seed", "0"], folder[rows[0]] / "0")
+        first.result()                                            # trains the teacher once, for everybody
+        futures = {(row, s): pool.submit(run_once, [*flags[row], "--seed", str(s)], folder[row] / str(s))
+                   for s in range(seeds) for row in rows}
+        reports = {row: [futures[row, s].result() for s in range(seeds)] for row in rows}
+    result = {row: summary(found) for row, found in reports.items()}
+    for name in ("teacher", "real halves"):
+        values = reports[rows[0]][0]["rows"].get(name, {})
+        result[name] = {k: (v, 0.0) for k, v in values.items() if k in result[rows[0]]}
+    write_atomic(out / "compare.json", json.dumps(result, indent=1).encode())
+    write_atomic(out / "compare.txt", (as_text(result) + "\n").encode())
+    return result
+
+
+def summary(reports):
+    """Mean and spread of every metric of the student, and of the CPU and wall seconds of its distillation."""
+    students = [list(r["rows"].values())[-1] for r in reports]
+    values = {k: [s[k] for s in students] for k in students[0] if k not in ("NFE", "samples/s", "speed-up")}
+    values |= {"CPU s": [r["cpu_seconds"] for r in reports], "s": [r["seconds"] for r in reports]}
+    return {k: (mean(v), stdev(v) if len(v) > 1 else 0.0) for k, v in values.items()}
+
+
+def as_text(result):
+    return table({row: {k: f"{m:.3g} ({s:.2g})" if s else f"{m:.3g}" for k, (m, s) in values.items()}
+                  for row, values in result.items()})
+
+
+def main(argv=None):
+    p = parser("python -m nano_dmd.compare", __doc__)
+    p.add_argument("rows", nargs="+", help='a method, or a quoted "method --flag value ..."')
+    p.add_argument("--preset", default="digits", help="a line of PRESETS")
+    p.add_argument("--seeds", type=int, default=5, help="runs per row, seeds 0, 1, ...")
+    p.add_argument("--jobs", type=int, default=1, help="runs side by side, each in its own process")
+    p.add_argument("--out", default="runs/compare", help="folder of the runs and the table")
+    args = p.parse_args(argv)
+    if args.seeds < 1 or args.jobs < 1:
+        raise UserError(f"--seeds and --jobs must be at least 1, got {args.seeds} and {args.jobs}")
+    print(as_text(compare(args.preset, args.rows, args.seeds, args.out, args.jobs)))
+
+
+if __name__ == "__main__":
+    command(main)
