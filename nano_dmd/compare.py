@@ -32,7 +32,7 @@ def run_once(flags, folder):
 
 def compare(preset, rows, seeds, out, jobs=1):
     """{row: {metric: (mean, spread)}}, spread = standard deviation over seeds; writes compare.json and compare.txt."""
-    out, flags = Path(out), {row: ["--preset", preset, "--method", *shlex.split(row)] for row in rows}
+    out, flags = Path(out), {row: ["--preset", preset, "--no-control", "--method", *shlex.split(row)] for row in rows}
     for row in rows:                                              # complain about a typo before hours of work, not after
         p = parser("compare", "")
         add_config_flags(p)

@@ -34,6 +34,7 @@ class Config:
     pairs: int = knob(4000, "noise-image pairs for the regression loss, images")
     pair_steps: int = knob(18, "Heun steps per pair; network calls = 2 n - 1")
     pair_sigma: float = knob(80.0, "noise level the pairs are integrated from, data units")
+    control: bool = knob(False, "dmd: also train a student by regression alone, the number to beat")
 
     steps: int = knob(400, "generator updates")
     batch: int = knob(64, "samples per update")
@@ -80,13 +81,13 @@ PRESETS = {
     "toy-sid":           dict(steps=7000, normalise=False),
     "toy-diff_instruct": dict(steps=6000),
     "toy-regression":    dict(steps=6000),
-    # 8x8 digits, two CPU cores.
-    "digits":               dict(bf16=True),
-    "digits-dmd":           dict(steps=400, lr_generator=1.5e-3, lr_critic=1.5e-3),
-    "digits-dmd2":          dict(steps=160, critic_steps=5, lr_generator=2e-3, w_gan=0.3, w_disc=0.01),
-    "digits-sid":           dict(steps=600, lr_generator=7e-4, lr_critic=1.5e-3),
-    "digits-diff_instruct": dict(steps=400),
-    "digits-regression":    dict(steps=400, lr_generator=1.5e-3),
+    # 8x8 digits, two CPU cores: about a minute each.
+    "digits":               dict(bf16=True, sigmas="2.5", dm_sigma="lognormal(-0.8,1.2)", gan_sigma="lognormal(-0.5,1.2)"),
+    "digits-dmd":           dict(steps=500, lr_generator=1.5e-3, lr_critic=1.5e-3, control=True),
+    "digits-dmd2":          dict(steps=400, critic_steps=2, w_gan=0.1, w_disc=0.03),
+    "digits-sid":           dict(steps=900, lr_generator=5e-4, lr_critic=1.5e-3),
+    "digits-diff_instruct": dict(steps=600),
+    "digits-regression":    dict(steps=500, lr_generator=1.5e-3),
 }
 # fmt: on
 

@@ -172,12 +172,21 @@ def run(cfg, resume=False):
     seconds = train(cfg, nets, opts, Draw(cfg, teacher, data, pairs, rng, device), peek, out, step, seconds)
     save_tensors(out / "generator.safetensors", nets.ema.state_dict(), sigmas=cfg.sigmas, preset=cfg.preset)
     peek.save(nets.ema, out / "samples.png", beside_teacher=True)
-    rows = evaluate.rows(nets.ema, teacher, data, cfg.method)
+    control = {"regression only": control_row(cfg)} if cfg.control and cfg.method == "dmd" else {}
+    rows = control | evaluate.rows(nets.ema, teacher, data, cfg.method)
     report = dict(rows=rows, cpu_seconds=seconds[0], seconds=seconds[1], teacher_cpu_seconds=teacher.recipe["seconds"],
                   peak_memory_mib=round(peak_memory_mib(device)), device=str(device), machine=platform.processor() or platform.machine(),
                   threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version())
     write_json(out / "report.json", report)
     return report
+
+
+def control_row(cfg):
+    """Metrics of a student trained on the same pairs by regression alone: what distribution matching has to beat."""
+    out = Path(cfg.out) / "control"
+    if not (out / "report.json").exists():
+        run(replace(cfg, method="regression", out=str(out), control=False), resume=(out / "checkpoint.pt").exists())
+    return read_json(out / "report.json")["rows"]["regression"]
 
 
 def trim_log(path, step):

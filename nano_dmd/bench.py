@@ -1,0 +1,95 @@
+"""Where the time goes: milliseconds of every part of a step, for every method.  Measured, never asserted.
+
+    python -m nano_dmd.bench --preset digits [--methods dmd,dmd2,sid] [--repeats 20]
+
+peak is the share of the matrix-multiplication speed measured on this machine in the precision of the run.
+"""
+
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from nano_dmd.assemble import Draw, build, cached_pairs, find_teacher, peak_memory_mib, pick_device
+from nano_dmd.checkpoint import UserError, command
+from nano_dmd.data import load_data
+from nano_dmd.evaluate import table
+from nano_dmd.presets import add_config_flags, parser, resolve
+from nano_dmd.train import METHODS, critic_requires_grad, train_step, update
+
+
+def seconds(function, device, repeats):
+    """Median seconds of one call, after two warm-up calls."""
+    times = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return sorted(times[2:])[repeats // 2]
+
+
+def matmul_flops(device, bf16, n=1536, repeats=10):
+    """Floating-point operations per second of an (n, n) matrix product: the machine's practical peak."""
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    return 2 * n**3 / seconds(lambda: a @ a, device, repeats)
+
+
+def bench(cfg, repeats):
+    """{part: milliseconds, ...} of one method on cfg.device."""
+    device = pick_device(cfg.device)
+    teacher = find_teacher(cfg, device)
+    uses_pairs = any(w == "w_reg" and cfg.w_reg for w, _ in METHODS[cfg.method].generator)
+    pairs = cached_pairs(cfg, teacher, device) if uses_pairs else None
+    nets, opts = build(cfg, teacher, device)
+    draw = Draw(cfg, teacher, load_data(cfg.data or teacher.data, device), pairs, torch.Generator().manual_seed(0), device)
+    method, batch = METHODS[cfg.method], draw()
+
+    def forward():
+        with torch.no_grad():
+            nets.generator(batch.z, batch.cond)
+
+    def critic():
+        critic_requires_grad(nets, True)
+        with torch.no_grad():
+            x = nets.generator(batch.z, batch.cond, batch.step, batch.start)
+        update(opts["critic"], method.critic, x, nets, batch, cfg, {})
+
+    def generator():
+        critic_requires_grad(nets, False)
+        x = nets.generator(batch.z, batch.cond, batch.step, batch.start)
+        update(opts["generator"], method.generator, x, nets, batch, cfg, {})
+
+    def step():
+        train_step(nets, opts, draw, cfg)
+
+    parts = {name: seconds(f, device, repeats) for name, f in
+             {"G forward": forward, "critic update": critic, "G update": generator, "whole step": step}.items()}
+    with FlopCounterMode(display=False) as counter:
+        step()
+    share = counter.get_total_flops() / parts["whole step"] / matmul_flops(device, cfg.bf16)
+    return {f"{k} ms": 1000 * v for k, v in parts.items()} | {
+        "samples/s": cfg.batch / parts["whole step"], "peak %": 100 * share, "memory MiB": round(peak_memory_mib(device))}
+
+
+def main(argv=None):
+    p = parser("python -m nano_dmd.bench", __doc__)
+    add_config_flags(p)
+    p.add_argument("--methods", default="dmd,dmd2,sid,diff_instruct,regression", help="comma separated")
+    p.add_argument("--repeats", type=int, default=20, help="timed calls; the median is printed")
+    given = vars(p.parse_args(argv))
+    methods, repeats = given.pop("methods").split(","), given.pop("repeats")
+    if repeats < 1:
+        raise UserError(f"--repeats must be at least 1, got {repeats}")
+    configs = {name: resolve({**given, "method": name}) for name in methods}
+    first = next(iter(configs.values()))
+    torch.set_num_threads(first.threads or torch.get_num_threads())
+    rows = {f"{name} {cfg.critic_steps}:1": bench(cfg, repeats) for name, cfg in configs.items()}
+    print(f"{first.preset}, batch {first.batch}, {pick_device(first.device)}, {torch.get_num_threads()} threads, "
+          f"{'bf16' if first.bf16 else 'fp32'}, torch {torch.__version__}")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,56 @@
+"""Draw samples from a finished run: numbers as .npy, pictures as .png.
+
+    python -m nano_dmd.sample RUN --n 64 --out grid.png [--class 3] [--seed 0]
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nano_dmd import pictures
+from nano_dmd.assemble import pick_device
+from nano_dmd.checkpoint import UserError, command, write_atomic
+from nano_dmd.evaluate import in_batches, load_run, student_sampler
+from nano_dmd.presets import parser
+
+
+def sample(folder, n, label=None, seed=0, device="cpu"):
+    """(n, *S) samples of the averaged generator on the CPU; classes in turn unless label picks one."""
+    _, teacher, generator = load_run(folder, device)
+    if label is not None and not 0 <= label < teacher.classes:
+        raise UserError(f"--class {label}: this run has {teacher.classes} classes, counted from 0")
+    rng, cond = torch.Generator().manual_seed(seed), None
+    if teacher.classes:
+        cond = (torch.arange(n) % teacher.classes if label is None else torch.full((n,), label)).to(device)
+    z = torch.randn(n, *teacher.shape, generator=rng).to(device)
+    return in_batches(student_sampler(generator), z, cond, 500, rng).cpu()
+
+
+def main(argv=None):
+    p = parser("python -m nano_dmd.sample", __doc__)
+    p.add_argument("run", help="a run folder")
+    p.add_argument("--n", type=int, default=64, help="number of samples")
+    p.add_argument("--out", default="samples.png", help=".png for people, .npy for numbers (float32, images in [-1, 1])")
+    p.add_argument("--class", dest="label", type=int, help="one class instead of all in turn")
+    p.add_argument("--seed", type=int, default=0, help="same seed, same samples")
+    p.add_argument("--device", default="auto", help="auto | cpu | cuda")
+    args = p.parse_args(argv)
+    kind = Path(args.out).suffix
+    if kind not in (".png", ".npy"):
+        raise UserError(f"--out {args.out}: the name must end in .png or .npy")
+    if args.n < 1:
+        raise UserError(f"--n must be at least 1, got {args.n}")
+    x = sample(args.run, args.n, args.label, args.seed, pick_device(args.device))
+    if kind == ".png":
+        pictures.save_picture(args.out, pictures.tile(x, columns=min(10, args.n)))
+    else:
+        buffer = io.BytesIO()
+        np.save(buffer, x.numpy())
+        write_atomic(args.out, buffer.getvalue())
+    print(f"{args.n} samples in {args.out}")
+
+
+if __name__ == "__main__":
+    command(main)

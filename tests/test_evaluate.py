@@ -1,0 +1,106 @@
+"""The metrics themselves: each against a closed form, an independent computation, or a sample made to fool it."""
+
+import math
+
+import pytest
+import torch
+
+from nano_dmd import evaluate
+from nano_dmd.checkpoint import UserError
+from nano_dmd.data import load_data
+from toy.mixtures import MIXTURES, Mixture
+
+
+def test_frechet_of_gaussians_with_commuting_covariances():
+    """Means m apart and std a, b per axis: |m|^2 + sum (a - b)^2, exactly, for samples standardised by hand."""
+    x = torch.randn(500, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.linalg.solve_triangular(torch.linalg.cholesky(x.T.cov()), (x - x.mean(0)).T, upper=False).T  # cov = I
+    a, b, m = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0, 0.5]), torch.tensor([1.0, -1.0, 0.0])
+    expected = (m.square().sum() + (a - b).square().sum()).item()                     # 2 + 1 + 0 + 6.25
+    assert expected == 9.25
+    assert evaluate.frechet(x * a, x * b + m) == pytest.approx(expected, rel=1e-10)
+
+
+def test_frechet_against_an_independent_matrix_root():
+    """tr (Cx Cy)^(1/2) through the eigenvalues of the plain, non-symmetric product."""
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(200, 8, generator=rng) @ torch.randn(8, 8, generator=rng)
+    y = torch.randn(300, 8, generator=rng) @ torch.randn(8, 8, generator=rng) + 1
+    cx, cy = x.double().T.cov(), y.double().T.cov()
+    cross = torch.linalg.eigvals(cx @ cy).real.clamp(min=0).sqrt().sum()
+    expected = (x.double().mean(0) - y.double().mean(0)).square().sum() + cx.trace() + cy.trace() - 2 * cross
+    assert evaluate.frechet(x, y) == pytest.approx(expected.item(), rel=1e-8)
+    assert evaluate.frechet(x, x) == pytest.approx(0, abs=1e-6)
+
+
+def test_coverage_by_hand():
+    """Four points on a line, 1-NN balls of radius 1; queries in the middle of a ball, on no ball, far away."""
+    by = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
+    of = torch.tensor([[0.5], [2.0], [5.0], [100.0]])
+    assert evaluate.coverage(of, by, k=1) == 0.5
+    assert evaluate.coverage(by, by, k=1) == 1.0
+
+
+def test_sliced_w2_of_a_shift():
+    """Moving every point by v costs |v . d| in direction d: sqrt(mean over the half circle) = |v| / sqrt 2."""
+    x = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    v = torch.tensor([0.3, -0.4], dtype=torch.float64)
+    assert evaluate.sliced_w2(x.float(), (x + v).float()) == pytest.approx(0.5 / math.sqrt(2), rel=1e-4)
+    assert evaluate.sliced_w2(x.float(), x[torch.randperm(1000)].float()) == 0
+
+
+def test_true_samples_score_as_true():
+    """Fresh samples of ring8: sw2 near 1, in3 = 1 - exp(-9/2) = .9889, all modes, weight error of a 50k draw."""
+    ring = MIXTURES["ring8"]()
+    m = evaluate.measure(lambda z, cond, rng: ring.sample(len(z), rng)[0], ring, draws=2)
+    assert 0.6 < m["sw2"] < 1.5 and m["modes"] == 8 and m["weight_error"] < 0.05
+    assert m["in3"] == pytest.approx(1 - math.exp(-4.5), abs=2e-3)
+
+
+@pytest.mark.parametrize("spoil, metric, bad", [
+    (lambda x, ring: x * (x[:, :1] > -0.6), "modes", 7),                              # the leftmost mode goes missing
+    (lambda x, ring: 0.8 * x, "in3", 0.7),                                            # every mode is a bit off
+])
+def test_spoiled_samples_are_noticed(spoil, metric, bad):
+    ring = MIXTURES["ring8"]()
+    x = ring.sample(20_000, torch.Generator().manual_seed(0))[0]
+    assert evaluate.mixture_metrics(spoil(x, ring), ring)[metric] <= bad
+
+
+def test_weight_error_is_the_largest_relative_error():
+    """Weights 1.6 and 0.4 against uniform: 0.6."""
+    skewed, ring = MIXTURES["ring8_skewed"](), MIXTURES["ring8"]()
+    x = skewed.sample(100_000, torch.Generator().manual_seed(0))[0]
+    assert evaluate.mixture_metrics(x, ring)["weight_error"] == pytest.approx(0.6, abs=0.03)
+
+
+def test_image_metrics_see_what_each_other_misses():
+    """Class means fool accuracy, noisy copies fool the Frechet distance; recall and nearest tell."""
+    data = load_data("digits")
+    net = evaluate.digit_classifier(data)
+    real = evaluate.split_halves(data)
+    assert real["accuracy"] > 0.95 and real["recall"] > 0.9 and real["fd"] < 0.4
+    means = torch.stack([data.x[data.labels == c].mean(0) for c in range(10)])[data.labels]
+    fooled = evaluate.image_metrics(means, data.labels, data, net)
+    assert fooled["accuracy"] == 1.0 and fooled["recall"] < 0.1 and fooled["fd"] > 10 * real["fd"]
+    copies = evaluate.image_metrics(data.x, data.labels, data, net)
+    assert copies["nearest"] == pytest.approx(0, abs=1e-2) and copies["fd"] == pytest.approx(0, abs=1e-4)
+    with torch.no_grad():
+        assert (net(data.x[1::2]).argmax(1) == data.labels[1::2]).float().mean() > 0.95   # images it never saw
+
+
+def test_measure_depends_on_nothing_but_the_sampler():
+    """Two calls agree to the bit: the noise comes from fixed seeds, whatever the global stream holds."""
+    ring = Mixture([[0.0, 0.0], [1.0, 0.0]], 0.1)
+    first = evaluate.measure(lambda z, cond, rng: 0.1 * z, ring, draws=1)
+    torch.randn(7)
+    assert evaluate.measure(lambda z, cond, rng: 0.1 * z, ring, draws=1) == first
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="cannot read .*config.json.*is this a run folder"):
+        evaluate.load_run(tmp_path)
+
+
+def test_table_aligns_and_marks_what_is_missing():
+    assert evaluate.table({"a": {"x": 1.23456, "n": 8}, "bb": {"x": 0.5}}) == "       x  n\na   1.23  8\nbb   0.5  -"
