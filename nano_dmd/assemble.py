@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nano_dmd import pictures
-from nano_dmd.checkpoint import UserError, cache_dir, load_tensors, load_weights, save_tensors
+from nano_dmd.checkpoint import UserError, cache_dir, first_line, load_tensors, load_weights, save_tensors
 from nano_dmd.data import load_data
 from nano_dmd.diagnostics import to_floats
 from nano_dmd.fake_score import FakeScore
@@ -38,8 +38,8 @@ def pick_device(name):
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:                  # torch raises any, by kind of device
-        raise UserError(f"no device {name!r} on this machine ({str(e).splitlines()[0][:80]}); try --device cpu") from e
+    except (RuntimeError, AssertionError, ImportError) as e:      # torch raises any of them, by kind of device
+        raise UserError(f"no device {name!r} on this machine ({first_line(e)}); try --device cpu") from e
     return device
 
 
@@ -62,7 +62,8 @@ def cached_pairs(cfg, teacher, device):
         rng = torch.Generator().manual_seed(0)
         z = torch.randn(cfg.pairs, *teacher.shape, generator=rng).to(device)
         cond = torch.randint(teacher.classes, (cfg.pairs,), generator=rng).to(device) if teacher.classes else None
-        x = make_pairs(teacher.denoiser, z, cond, steps=cfg.pair_steps, sigma_max=cfg.pair_sigma)
+        batch = 10_000 if len(teacher.shape) == 1 else 500
+        x = make_pairs(teacher.denoiser, z, cond, batch, steps=cfg.pair_steps, sigma_max=cfg.pair_sigma)
         save_tensors(path, {"z": z, "x": x} | ({"cond": cond} if teacher.classes else {}))
     return {k: v.to(device) for k, v in load_tensors(path).items()}
 
@@ -152,8 +153,8 @@ def restore(saved, nets, opts, rng, path):
         if torch.cuda.is_available() and cuda:
             torch.cuda.set_rng_state_all([c.cpu() for c in cuda])
         return saved["step"], saved["seconds"]
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
-        raise UserError(f"checkpoint {path} is not one of this version ({type(e).__name__}: {e})") from e
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+        raise UserError(f"checkpoint {path} is not one of this version ({type(e).__name__}: {first_line(e)})") from e
 
 
 def peak_memory_mib(device):

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 import torch
@@ -23,16 +24,28 @@ def command(main):
         main()
     except UserError as e:
         sys.exit(_complain(str(e)))
-    except (torch.OutOfMemoryError, MemoryError) as e:
-        sys.exit(_complain(f"out of memory ({str(e).splitlines()[0][:100] if str(e) else 'CPU'}); try a smaller --batch"))
+    except Exception as e:
+        if not out_of_memory(e):
+            raise
+        sys.exit(_complain(f"out of memory ({first_line(e)}); try a smaller --batch"))
     except KeyboardInterrupt:
-        print("\nstopped; add --resume to go on from the last checkpoint", file=sys.stderr)
+        print("\nstopped; a training run goes on from its last checkpoint with --resume", file=sys.stderr)
         sys.exit(130)
 
 
 def _complain(sentence):
-    print(f"error: {sentence}", file=sys.stderr)
+    print("error:", sentence.replace("\n", " "), file=sys.stderr)
     return 2
+
+
+def out_of_memory(error):
+    """A GPU's full memory has a type of its own, a CPU's is a RuntimeError that says so."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def first_line(error, length=120):
+    """What an exception has to say in one short line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:length]
 
 
 def cache_dir():
@@ -45,7 +58,7 @@ def write_atomic(path, data: bytes):
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         try:
             with os.fdopen(fd, "wb") as f:
                 f.write(data)
@@ -54,7 +67,7 @@ def write_atomic(path, data: bytes):
             os.chmod(tmp, 0o666 & ~_umask())
             os.replace(tmp, path)
         except BaseException:
-            os.unlink(tmp)
+            Path(tmp).unlink(missing_ok=True)
             raise
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -62,7 +75,34 @@ def write_atomic(path, data: bytes):
         finally:
             os.close(folder)
     except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}; free some space or choose another --out") from e
+        raise unwritable(path, e) from e
+
+
+def unwritable(path, error):
+    return UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder "
+                     "(--out, or $NANO_DMD_CACHE for the cache)")
+
+
+def append_line(path, obj):
+    """One more line of a .jsonl file."""
+    try:
+        with open(path, "a") as f:
+            f.write(json.dumps(obj) + "\n")
+    except OSError as e:
+        raise unwritable(path, e) from e
+
+
+def check_writable(folder):
+    """Raise UserError now if folder could not be made or written to later; touches nothing."""
+    existing = next(p for p in (Path(folder), *Path(folder).absolute().parents) if os.path.exists(p))
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise UserError(f"cannot write to {folder}: {existing} is not a folder one may write to; choose another --out")
+
+
+def remove_leftovers(folder):
+    """Delete the temporary files of writes that a kill cut short."""
+    for path in Path(folder).rglob(".*.tmp"):
+        path.unlink()
 
 
 def _umask():
@@ -92,8 +132,10 @@ def load_tensors(path):
     """Read a safetensors file; never executes anything in it."""
     try:
         return load_safetensors(Path(path).read_bytes())
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"cannot read {path}: {e}; delete it to have it made again") from e
+    except FileNotFoundError as e:
+        raise UserError(f"no {path}; is this the folder of a finished run?") from e
+    except (OSError, SafetensorError, KeyError) as e:             # KeyError: a number format torch does not have
+        raise UserError(f"cannot read {path}: {first_line(e)}; delete it to have it made again") from e
 
 
 def load_weights(module, tensors, path):
@@ -115,11 +157,13 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, device="cpu"):
-    """torch.load(weights_only=True): a hostile file cannot run code; a broken one gets one sentence."""
+    """torch.load(weights_only=True): a hostile file cannot run code; a broken one, if by one bit, gets one sentence."""
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}; start without --resume, or check --out")
     try:
+        with zipfile.ZipFile(path) as f:
+            if bad := f.testzip():                                # torch.load does not compare checksums
+                raise ValueError(f"wrong checksum of {bad}")
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as e:                                        # zip, pickle and EOF errors share no base class
-        reason = str(e).splitlines()[0][:120]
-        raise UserError(f"checkpoint {path} is corrupt or not ours ({reason}); delete it or restore a copy") from e
+        raise UserError(f"checkpoint {path} is corrupt or not ours ({first_line(e)}); delete it or restore a copy") from e

@@ -19,6 +19,7 @@ from nano_dmd.presets import parser
 MISSING = 'pictures need matplotlib: pip install -e ".[tutorials]"'
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")          # safe for colour-blind readers
 STYLES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))                              # one per run
+NEEDED = {"step", "x_mean", "x_std", "spread", "mesm", "fake_loss", "grad", "by_sigma"}
 BINS = [f"< {LEVELS[0]:g}", *[f"{a:g} to {b:g}" for a, b in zip(LEVELS, LEVELS[1:])], f"> {LEVELS[-1]:g}"]
 
 
@@ -49,7 +50,7 @@ def read_log(folder):
         raise UserError(f"no log.jsonl in {folder}; is this a run folder?")
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        missing = {"step", "mesm", "fake_loss", "grad", "by_sigma", "x_std"} - set.intersection(*map(set, lines)) if lines else ()
+        missing = {key for line in lines for key in NEEDED - set(line)}
     except (UnicodeDecodeError, TypeError, json.JSONDecodeError) as e:
         raise UserError(f"{path} is damaged ({e}); cut it back to its whole lines") from e
     if not lines:
@@ -70,6 +71,13 @@ def colour_of(logs):
     return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
 
 
+def curve(ax, lines, value, style, colour, label, width=1.5):
+    """value(line of the log) over generator updates."""
+    ax.plot([r["step"] for r in lines], [value(r) for r in lines], ls=style, color=colour, label=label, lw=width,
+            marker="." if len(lines) == 1 else "")
+    ax.set_xlabel("generator updates")
+
+
 def log_scale(ax):
     """Logarithmic y axis of what is drawn already, with ticks that read 0.02 also where it spans one decade."""
     from matplotlib.ticker import LogLocator
@@ -88,9 +96,9 @@ def plot_levels(ax, logs, key):
     for lines, style in zip(logs, STYLES):
         for i, level in enumerate(LEVELS):
             shade = colormaps["viridis"](0.9 * (1 - i / (len(LEVELS) - 1)))
-            ax.plot([r["step"] for r in lines], [r[key][i] for r in lines], ls=style, color=shade, label=f"sigma {level:g}")
+            curve(ax, lines, lambda r: r[key][i], style, shade, f"sigma {level:g}")
     log_scale(ax)
-    ax.set(xlabel="generator updates", ylabel="w(sigma) x squared error")
+    ax.set_ylabel("w(sigma) x squared error")
 
 
 def plot_gradients(ax, logs):
@@ -98,19 +106,19 @@ def plot_gradients(ax, logs):
     colours = colour_of(logs)
     for lines, style in zip(logs, STYLES):
         for name in lines[0]["grad"]:
-            ax.plot([r["step"] for r in lines], [r["grad"][name] for r in lines], ls=style, color=colours[name], label=name)
+            curve(ax, lines, lambda r: r["grad"][name], style, colours[name], name)
     log_scale(ax)
-    ax.set(xlabel="generator updates", ylabel="rms gradient x number of elements")
+    ax.set_ylabel("rms gradient x number of elements")
 
 
 def plot_moments(ax, logs):
     """Mean, std and spread across the batch of the samples; thin lines: the teacher's, where the log has them."""
     for lines, style in zip(logs, STYLES):
-        for name, colour, width in zip(("x_mean", "x_std", "spread"), COLOURS, (1.5, 4, 1.5)):     # the last two often coincide
-            ax.plot([r["step"] for r in lines], [r[name] for r in lines], ls=style, lw=width, color=colour, label=name)
+        for name, colour, width in zip(("x_mean", "x_std", "spread"), COLOURS, (1.5, 4, 1.5)):        # two may coincide
+            curve(ax, lines, lambda r: r[name], style, colour, name, width)
             if name in lines[-1].get("teacher", {}):
                 ax.axhline(lines[-1]["teacher"][name], color=colour, lw=0.8, alpha=0.6, label=f"{name} of the teacher")
-    ax.set(xlabel="generator updates", ylabel="data units")
+    ax.set_ylabel("data units")
 
 
 def plot_losses(ax, logs):
@@ -118,9 +126,9 @@ def plot_losses(ax, logs):
     colours = colour_of(logs)
     for lines, style in zip(logs, STYLES):
         for name in losses(lines):
-            ax.plot([r["step"] for r in lines], [r[name] for r in lines], ls=style, color=colours[name], label=name)
+            curve(ax, lines, lambda r: r[name], style, colours[name], name)
     ax.set_yscale("symlog", linthresh=1e-3)
-    ax.set(xlabel="generator updates", ylabel="loss, unweighted")
+    ax.set_ylabel("loss, unweighted")
 
 
 def plot_bins(ax, logs):
@@ -141,8 +149,8 @@ def legend(ax, title=None):
     first = dict(zip(reversed(labels), reversed(handles)))
     if first:
         names = list(dict.fromkeys(labels))
-        ax.legend([first[n] for n in names], names, title=title, ncols=2 + (len(names) == 5), fontsize=8, title_fontsize=8,
-                  alignment="left", framealpha=0.7)
+        ax.legend([first[n] for n in names], names, title=title, ncols=2 + (len(names) == 5), fontsize=8,
+                  title_fontsize=8, alignment="left", framealpha=0.7)
 
 
 def diagnostics(folders):
@@ -151,6 +159,8 @@ def diagnostics(folders):
         raise UserError(f"at most {len(STYLES)} runs fit in one figure, got {len(folders)}")
     logs = [read_log(folder) for folder in folders]
     fig, axes = figure(2, 3, 16, 9)
+    from matplotlib.lines import Line2D
+
     panels = [("mesm: gap between real and fake score", None, lambda ax: plot_levels(ax, logs, "mesm")),
               ("fake_loss: does the fake score keep up?", None, lambda ax: plot_levels(ax, logs, "fake_loss")),
               ("gradient of each loss at the samples", None, lambda ax: plot_gradients(ax, logs)),
@@ -163,13 +173,9 @@ def diagnostics(folders):
         ax.margins(y=0.2)                                         # room for the legend
         ax.grid(alpha=0.3)
         legend(ax, note)
-    names = [f"{Path(folder)} ({lines[-1]['step']} updates)" for folder, lines in zip(folders, logs)]
-    if len(folders) == 1:
-        fig.suptitle(names[0])
-    else:
-        from matplotlib.lines import Line2D
-
-        fig.legend([Line2D([], [], ls=s, color="k") for s in STYLES[: len(names)]], names, loc="outside upper center", ncols=3)
+    names = [f"{folder} ({lines[-1]['step']} updates)" for folder, lines in zip(folders, logs)]
+    handles = [Line2D([], [], ls=style, color="k") for style in STYLES[: len(names)]]
+    fig.legend(handles, names, loc="outside upper center", ncols=3, frameon=False)
     return fig
 
 
@@ -183,7 +189,7 @@ def plot_run(folder):
 def main(argv=None):
     p = parser("python -m nano_dmd.plot", __doc__)
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folders, at most five")
-    p.add_argument("--out", default="", help="picture to write; empty = RUN/diagnostics.png, or diagnostics.png for several")
+    p.add_argument("--out", default="", help="picture to write; empty = diagnostics.png, in RUN if there is only one")
     args = p.parse_args(argv)
     path = args.out or (Path(args.runs[0]) / "diagnostics.png" if len(args.runs) == 1 else "diagnostics.png")
     save_figure(diagnostics(args.runs), path)

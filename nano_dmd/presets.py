@@ -98,17 +98,15 @@ def resolve(overrides):
     if name not in PRESETS:
         raise UserError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}")
     base, _, suffix = name.partition("-")
-    chosen = {**PRESETS[base], "method": suffix, **PRESETS[name]} if suffix else dict(PRESETS[name])
-    chosen["method"] = overrides.get("method", chosen.get("method", Config.method))
-    chosen = {**chosen, **PRESETS.get(f"{base}-{chosen['method']}", {}), **overrides, "preset": name}
-    cfg = Config(**chosen)
+    method = overrides.get("method", suffix or PRESETS[base].get("method", Config.method))
+    cfg = Config(**{**PRESETS[base], **PRESETS.get(f"{base}-{method}", {}), **overrides, "preset": name, "method": method})
     cfg.out = cfg.out or f"runs/{base}-{cfg.method}"
     validate(cfg)
     return cfg
 
 
 # What a resumed run may change without ceasing to be the same run.
-RESUMABLE = {"preset", "out", "device", "threads", "log_every", "sample_every", "save_every"}
+RESUMABLE = {"out", "device", "threads", "log_every", "sample_every", "save_every"}
 
 
 def resolve_resumed(overrides):
@@ -116,12 +114,14 @@ def resolve_resumed(overrides):
     out = overrides.get("out") or resolve(overrides).out
     try:
         cfg = Config(**read_json(Path(out) / "config.json"))
-    except TypeError as e:
+        validate(cfg)
+    except (TypeError, AttributeError) as e:
         raise UserError(f"{out}/config.json is not of this version: {e}") from e
     for name, value in overrides.items():
         if name not in RESUMABLE and value != getattr(cfg, name):
-            raise UserError(f"--{name} was {getattr(cfg, name)} when {out} was started and cannot become {value}; start a new run")
-    cfg = replace(cfg, **{k: v for k, v in overrides.items() if k != "preset"}, out=out)
+            raise UserError(f"--{name} was {getattr(cfg, name)} when {out} was started and cannot become {value}: "
+                            "leave it out, or start a new run")
+    cfg = replace(cfg, **overrides | {"out": out})
     validate(cfg)
     return cfg
 
@@ -132,6 +132,9 @@ def free_folder(out):
 
 
 METHOD_NAMES = ("dmd", "dmd2", "sid", "diff_instruct", "regression")
+LEAST = dict(steps=1, batch=1, critic_steps=1, log_every=1, sample_every=1, save_every=1, pairs=1, pair_steps=2, warmup=0,
+             threads=0, teacher_steps=0, clip=0, ema=0, beta1=0, beta2=0, decay_from=0, seed=0, teacher_seed=0,
+             w_dm=0, w_reg=0, w_gan=0, w_sid=0, w_fake=0, w_disc=0)
 
 
 def validate(cfg):
@@ -140,27 +143,29 @@ def validate(cfg):
         raise UserError(f"unknown method {cfg.method!r}: choose from {', '.join(METHOD_NAMES)}")
     for f in fields(cfg):
         value = getattr(cfg, f.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--{f.name} must be a finite number, got {value}")
-    low = dict(steps=1, batch=1, critic_steps=1, log_every=1, sample_every=1, save_every=1, pairs=1, pair_steps=2,
-               warmup=0, threads=0, teacher_steps=0, clip=0, ema=0, beta1=0, beta2=0, decay_from=0, seed=0, teacher_seed=0)
-    for name, least in low.items():
-        if getattr(cfg, name) < least:
-            raise UserError(f"--{name} must be at least {least}, got {getattr(cfg, name)}")
+        if isinstance(value, (int, float)) and not abs(value) < 2**63:
+            raise UserError(f"--{f.name} must be a finite number below 2^63, got {value}")
+        if value < LEAST.get(f.name, value):
+            raise UserError(f"--{f.name} must be at least {LEAST[f.name]}, got {value}")
     for name in ("lr_generator", "lr_critic", "pair_sigma"):
         if getattr(cfg, name) <= 0:
             raise UserError(f"--{name} must be positive, got {getattr(cfg, name)}")
     for name in ("beta1", "beta2"):
         if getattr(cfg, name) >= 1:
             raise UserError(f"--{name} must be below 1, got {getattr(cfg, name)}")
+    for name in ("dm_sigma", "critic_sigma", "gan_sigma"):
+        try:
+            finite = all(map(math.isfinite, parse_sigma(getattr(cfg, name))[1:]))
+        except ValueError as e:
+            raise UserError(f"--{name}: {e}") from e
+        if not finite:
+            raise UserError(f"--{name} needs finite numbers, got {getattr(cfg, name)!r}")
     try:
         sigmas = cfg.sigma_list()
-        for spec in (cfg.dm_sigma, cfg.critic_sigma, cfg.gan_sigma):
-            parse_sigma(spec)
-    except ValueError as e:
-        raise UserError(str(e)) from e
-    if min(sigmas) <= 0 or sigmas != sorted(set(sigmas), reverse=True):
-        raise UserError(f"--sigmas must be positive and descending, got {cfg.sigmas}")
+    except ValueError:
+        sigmas = [math.nan]
+    if not all(0 < s < math.inf for s in sigmas) or sigmas != sorted(set(sigmas), reverse=True):
+        raise UserError(f"--sigmas must be positive numbers, descending, comma separated; got {cfg.sigmas!r}")
     if len(sigmas) > 1 and cfg.method in ("dmd", "regression") and cfg.w_reg:
         raise UserError("the regression loss needs a one-step generator: give one number in --sigmas, or use dmd2 or sid")
     if bool(cfg.w_gan) != bool(cfg.w_disc):

@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import platform
 import time
 from dataclasses import asdict, replace
@@ -16,15 +17,16 @@ from tqdm import tqdm
 
 from nano_dmd import evaluate
 from nano_dmd.assemble import Draw, Peek, build, cached_pairs, find_teacher, peak_memory_mib, pick_device, restore, state
-from nano_dmd.checkpoint import (UserError, command, load_checkpoint, read_json, save_checkpoint, save_tensors,
-                                 write_atomic, write_json)
+from nano_dmd.checkpoint import (UserError, append_line, check_writable, command, load_checkpoint, read_json,
+                                 remove_leftovers, save_checkpoint, save_tensors, write_atomic, write_json)
 from nano_dmd.data import load_data
 from nano_dmd.diagnostics import by_level, diagnose, to_floats
 from nano_dmd.dmd_loss import diff_instruct_loss, dmd_loss, regression_loss
 from nano_dmd.fake_score import denoising_loss
 from nano_dmd.gan import gan_critic_loss, gan_generator_loss
 from nano_dmd.generator import update_ema
-from nano_dmd.presets import PRESETS, Config, add_config_flags, describe, free_folder, parser, resolve, resolve_resumed  # noqa: F401 (PRESETS: public)
+from nano_dmd.presets import (PRESETS, Config, add_config_flags, describe, free_folder, parser,  # noqa: F401 (PRESETS: public)
+                              resolve, resolve_resumed)
 from nano_dmd.sid_loss import sid_loss
 from nano_dmd.teacher import save_teacher
 
@@ -116,30 +118,35 @@ def train(cfg, nets, opts, draw, peek, out, step=0, seconds=(0.0, 0.0)):
         history.append((step + 1, logs, draw.latest.seen))
         done, last = step + 1, step + 1 == cfg.steps
         if done % cfg.log_every == 0 or last:
-            history = check_finite(history)
+            history = check_finite(history, nets)
             record = dict(step=done, critic_updates=done * cfg.critic_steps, seconds=clock.read(), **to_floats(logs),
                           **diagnose(METHODS[cfg.method].generator, nets, draw.latest, cfg), by_sigma=by_level(draw.latest.seen))
-            with open(out / "log.jsonl", "a") as f:
-                f.write(json.dumps(record) + "\n")
+            append_line(out / "log.jsonl", record)
             report_progress(record, peek.reference, bar)
         if done % cfg.sample_every == 0 or last:
             peek.save(nets.ema, out / "samples" / f"{done:06d}.png")
         if done % cfg.save_every == 0 or last:
-            history = check_finite(history)
+            history = check_finite(history, nets)
             save_checkpoint(out / "checkpoint.pt", state(cfg, done, clock.read(), nets, opts, draw.rng))
     return clock.read()
 
 
-def check_finite(history):
-    """Stop at the first step whose losses are not finite; one device synchronisation for the whole history."""
+def check_finite(history, nets):
+    """Stop at the first step whose losses are not finite; one device synchronisation for the whole history.
+
+    A finite loss can still have a gradient that is not, so before anything is saved the weights are looked at too.
+    """
+    advice = "the last good checkpoint is kept: lower the learning rates or try another --seed"
     if history and not torch.stack([v for _, logs, _ in history for v in logs.values()]).isfinite().all():
         for step, logs, seen in history:
             for name, value in logs.items():
                 if not value.isfinite():
                     sigma, loss = seen[name]
                     where = "" if sigma is None else f" (sigma {sigma[(~loss.isfinite()).int().argmax()].item():.4g})"
-                    raise UserError(f"{name} is {value.item()} at step {step}{where}; the last good checkpoint is kept: "
-                                    "lower the learning rates or try another --seed")
+                    raise UserError(f"{name} is {value.item()} at step {step}{where}; {advice}")
+    for name in ("fake", "discriminator", "generator") if history else ():
+        if not nn.utils.get_total_norm(getattr(nets, name).parameters()).isfinite():
+            raise UserError(f"a weight of {name} is not finite after step {history[-1][0]}; {advice}")
     return []
 
 
@@ -154,16 +161,23 @@ def report_progress(record, reference, bar):
 
 def run(cfg, resume=False):
     """Everything from a resolved Config to a finished run folder; returns the report, also in report.json."""
-    device, out = pick_device(cfg.device), Path(cfg.out)
+    device, out, terms = pick_device(cfg.device), Path(cfg.out), METHODS[cfg.method].generator
+    if not any(getattr(cfg, w) for w, _ in terms):
+        raise UserError(f"{cfg.method} has nothing to minimise: give one of {', '.join('--' + w for w, _ in terms)} a weight")
+    check_writable(out)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     saved = load_checkpoint(out / "checkpoint.pt", device) if resume else None
-    write_json(out / "config.json", asdict(cfg))
+    data = load_data(cfg.data, device) if cfg.data else None      # a typo shows before a teacher is trained
     teacher = find_teacher(cfg, device)
+    data = data or load_data(teacher.data, device)
+    if (data.shape, data.classes) != (teacher.shape, teacher.classes):
+        raise UserError(f"--data {cfg.data} has samples of shape {data.shape} in {data.classes} classes, "
+                        f"--teacher {cfg.teacher} makes {teacher.shape} in {teacher.classes}")
+    remove_leftovers(out)
+    write_json(out / "config.json", asdict(cfg))
     save_teacher(out, teacher.net, teacher.recipe)
-    data = load_data(cfg.data or teacher.data, device)
-    uses_pairs = any(w == "w_reg" and cfg.w_reg for w, _ in METHODS[cfg.method].generator)
-    pairs = cached_pairs(cfg, teacher, device) if uses_pairs else None
+    pairs = cached_pairs(cfg, teacher, device) if cfg.w_reg and "w_reg" in dict(terms) else None
     nets, opts = build(cfg, teacher, device)
     rng = torch.Generator().manual_seed(cfg.seed)
     peek = Peek(teacher, len(cfg.sigma_list()), device)
@@ -175,7 +189,8 @@ def run(cfg, resume=False):
     control = {"regression only": control_row(cfg)} if cfg.control and cfg.method == "dmd" else {}
     rows = control | evaluate.rows(nets.ema, teacher, data, cfg.method)
     report = dict(rows=rows, cpu_seconds=seconds[0], seconds=seconds[1], teacher_cpu_seconds=teacher.recipe["seconds"],
-                  peak_memory_mib=round(peak_memory_mib(device)), device=str(device), machine=platform.processor() or platform.machine(),
+                  peak_memory_mib=round(peak_memory_mib(device)), device=str(device),
+                  machine=platform.processor() or platform.machine(),
                   threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version())
     write_json(out / "report.json", report)
     return report
@@ -191,8 +206,14 @@ def control_row(cfg):
 
 def trim_log(path, step):
     """Keep the lines up to a checkpoint's step: what a killed run logged after it will be logged again."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    write_atomic(path, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
+    def step_of(line):
+        try:
+            return json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):                 # a line that a kill or a full disk cut short
+            return math.inf
+
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    write_atomic(path, b"".join(line + b"\n" for line in lines if step_of(line) <= step))
 
 
 def main(argv=None):
@@ -213,7 +234,8 @@ def main(argv=None):
         cfg = replace(cfg, out=free_folder(cfg.out))
     report = run(cfg, resume)
     print(evaluate.table(report["rows"]))
-    print(f"{report['seconds']:.0f} s of distillation ({report['cpu_seconds']:.0f} CPU s); pictures and numbers are in {cfg.out}/")
+    print(f"{report['seconds']:.0f} s of distillation ({report['cpu_seconds']:.0f} CPU s); "
+          f"pictures and numbers are in {cfg.out}/")
 
 
 if __name__ == "__main__":
