@@ -2,16 +2,15 @@
 
 import copy
 import hashlib
+import platform
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from nano_dmd import pictures
 from nano_dmd.checkpoint import UserError, cache_dir, first_line, load_tensors, load_weights, save_tensors
-from nano_dmd.data import load_data
 from nano_dmd.diagnostics import to_floats
 from nano_dmd.fake_score import FakeScore
 from nano_dmd.gan import Discriminator
@@ -157,10 +156,14 @@ def restore(saved, nets, opts, rng, path):
         raise UserError(f"checkpoint {path} is not one of this version ({type(e).__name__}: {first_line(e)})") from e
 
 
-def peak_memory_mib(device):
-    """Peak memory of this process: allocated on the GPU, or resident on the CPU."""
+def machine(device):
+    """What a measurement was made on, and the peak memory of this process there: allocated on a GPU, else resident."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource                                               # Unix only, like the rest of torch's CPU numbers
+        peak, name = torch.cuda.max_memory_allocated(device) / 2**20, torch.cuda.get_device_name(device)
+    else:
+        import resource                                           # Unix only
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        unit = 2**20 if sys.platform == "darwin" else 2**10       # bytes there, KiB elsewhere
+        peak, name = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, platform.processor() or platform.machine()
+    return dict(peak_memory_mib=round(peak), device=name, threads=torch.get_num_threads(), torch=torch.__version__,
+                python=platform.python_version())

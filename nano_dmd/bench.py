@@ -10,12 +10,11 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nano_dmd.assemble import Draw, build, cached_pairs, find_teacher, peak_memory_mib, pick_device
+from nano_dmd.assemble import machine, pick_device
 from nano_dmd.checkpoint import UserError, command
-from nano_dmd.data import load_data
 from nano_dmd.evaluate import table
 from nano_dmd.presets import add_config_flags, parser, resolve
-from nano_dmd.train import METHODS, critic_requires_grad, train_step, update
+from nano_dmd.train import METHODS, critic_requires_grad, prepare, train_step, update
 
 
 def seconds(function, device, repeats):
@@ -39,11 +38,7 @@ def matmul_flops(device, bf16, n=1536, repeats=10):
 def bench(cfg, repeats):
     """{part: milliseconds, ...} of one method on cfg.device."""
     device = pick_device(cfg.device)
-    teacher = find_teacher(cfg, device)
-    uses_pairs = any(w == "w_reg" and cfg.w_reg for w, _ in METHODS[cfg.method].generator)
-    pairs = cached_pairs(cfg, teacher, device) if uses_pairs else None
-    nets, opts = build(cfg, teacher, device)
-    draw = Draw(cfg, teacher, load_data(cfg.data or teacher.data, device), pairs, torch.Generator().manual_seed(0), device)
+    _, nets, opts, draw = prepare(cfg, device)
     method, batch = METHODS[cfg.method], draw()
 
     def forward():
@@ -70,7 +65,7 @@ def bench(cfg, repeats):
         step()
     share = counter.get_total_flops() / parts["whole step"] / matmul_flops(device, cfg.bf16)
     return {f"{k} ms": 1000 * v for k, v in parts.items()} | {
-        "samples/s": cfg.batch / parts["whole step"], "peak %": 100 * share, "memory MiB": round(peak_memory_mib(device))}
+        "samples/s": cfg.batch / parts["whole step"], "peak %": 100 * share, "memory MiB": machine(device)["peak_memory_mib"]}
 
 
 def main(argv=None):

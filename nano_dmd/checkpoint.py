@@ -123,9 +123,9 @@ def read_json(path):
 
 
 def save_tensors(path, tensors, **metadata):
-    """Write a dict of tensors as safetensors; metadata values become strings."""
+    """Write a dict of tensors as safetensors.  All metadata in one entry: the order of several is random."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    write_atomic(path, dump_safetensors(tensors, {k: str(v) for k, v in metadata.items()}))
+    write_atomic(path, dump_safetensors(tensors, {"nano_dmd": json.dumps(metadata)} if metadata else None))
 
 
 def load_tensors(path):

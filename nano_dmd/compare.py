@@ -11,9 +11,11 @@ import re
 import shlex
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean, stdev
+
+from tqdm import tqdm
 
 from nano_dmd.checkpoint import UserError, command, read_json, write_atomic
 from nano_dmd.evaluate import table
@@ -37,20 +39,26 @@ def compare(preset, rows, seeds, out, jobs=1):
         p = parser("compare", "")
         add_config_flags(p)
         resolve(vars(p.parse_args(flags[row])))
-    folder = {row: out / re.sub(r"[^\w.]+", "-", row).strip("-") for row in rows}
+    folder = {row: out / folder_name(row) for row in rows}
     with ThreadPoolExecutor(jobs) as pool:
         first = pool.submit(run_once, [*flags[rows[0]], "--seed", "0"], folder[rows[0]] / "0")
         first.result()                                            # trains the teacher once, for everybody
         futures = {(row, s): pool.submit(run_once, [*flags[row], "--seed", str(s)], folder[row] / str(s))
                    for s in range(seeds) for row in rows}
+        for _ in tqdm(as_completed(futures.values()), total=len(futures), desc="runs"):
+            pass
         reports = {row: [futures[row, s].result() for s in range(seeds)] for row in rows}
     result = {row: summary(found) for row, found in reports.items()}
-    for name in ("teacher", "real halves"):
-        values = reports[rows[0]][0]["rows"].get(name, {})
+    references = {k: v for k, v in reports[rows[0]][0]["rows"].items() if k in ("teacher", "real halves")}
+    for name, values in references.items():
         result[name] = {k: (v, 0.0) for k, v in values.items() if k in result[rows[0]]}
     write_atomic(out / "compare.json", json.dumps(result, indent=1).encode())
     write_atomic(out / "compare.txt", (as_text(result) + "\n").encode())
     return result
+
+
+def folder_name(row):
+    return re.sub(r"[^\w.]+", "-", row).strip("-")
 
 
 def summary(reports):

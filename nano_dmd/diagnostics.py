@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from nano_dmd.noise import add_noise, expand
+from nano_dmd.noise import add_noise
 
 LEVELS = (0.05, 0.15, 0.5, 1.5, 5.0)                              # sigma, data units
 

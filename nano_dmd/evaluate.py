@@ -12,6 +12,7 @@ images  fd        Frechet distance of pixels to the training images (class-condi
         modes     modes that hold more than a quarter of their share; weight_error  largest relative error of a mode's share
 """
 
+import functools
 import time
 from pathlib import Path
 
@@ -40,11 +41,25 @@ def coverage(of, by, k=5):
     return (torch.cdist(of, by) <= radius).any(1).float().mean().item()
 
 
-def sliced_w2(x, y, directions=48):
-    """Sliced 2-Wasserstein distance of two equally large 2D samples (N, 2), over fixed directions."""
+def projections(x, directions=48):
+    """Points (N, 2) projected on fixed directions and sorted along each: (N, directions)."""
     angle = torch.arange(directions, device=x.device) * torch.pi / directions
-    d = torch.stack([angle.cos(), angle.sin()])
-    return ((x @ d).sort(0).values - (y @ d).sort(0).values).square().mean().sqrt().item()
+    return (x @ torch.stack([angle.cos(), angle.sin()])).sort(0).values
+
+
+def sliced_w2(a, b):
+    """Sliced 2-Wasserstein distance of two equally large 2D samples, from their projections."""
+    return (a - b).square().mean().sqrt().item()
+
+
+@functools.lru_cache(maxsize=4)
+def reference(mixture, n):
+    """(projections of n points with every component's share exact, mean sliced W2 of n fresh true samples to them)."""
+    k = torch.repeat_interleave(torch.arange(len(mixture.means)), (mixture.weights.cpu() * n).round().int())[:n]
+    k = torch.cat([k, k.new_zeros(n - len(k))]).to(mixture.means.device)
+    noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(1)).to(mixture.means)
+    exact, rng = projections(mixture.means[k] + mixture.std[k, None] * noise), torch.Generator().manual_seed(2)
+    return exact, sum(sliced_w2(projections(mixture.sample(n, rng)[0]), exact) for _ in range(8)) / 8
 
 
 class Classifier(nn.Module):
@@ -101,25 +116,15 @@ def split_halves(data):
     return image_metrics(data.x[a], data.labels[a], TensorData(data.x[b], data.labels[b]), digit_classifier(data))
 
 
-def stratified(mixture, n):
-    """n samples with every component's share exact, the reference of sw2."""
-    k = torch.repeat_interleave(torch.arange(len(mixture.means)), (mixture.weights.cpu() * n).round().int())[:n]
-    k = torch.cat([k, k.new_zeros(n - len(k))]).to(mixture.means.device)
-    noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(1)).to(mixture.means)
-    return mixture.means[k] + mixture.std[k, None] * noise
-
-
 @torch.no_grad()
 def mixture_metrics(x, mixture):
     """All 2D metrics of samples x (N, 2) against a Mixture."""
-    n, rng = len(x), torch.Generator().manual_seed(2)
-    reference = stratified(mixture, n)
-    floor = sum(sliced_w2(mixture.sample(n, rng)[0], reference) for _ in range(8)) / 8
+    exact, floor = reference(mixture, len(x))
     distance, mode = (torch.cdist(x, mixture.means) / mixture.std).min(1)
     inside, count = distance <= 3, len(mixture.means)
-    found = torch.bincount(mode[inside], minlength=count) / n
-    share = torch.bincount(mode, minlength=count) / n
-    return dict(sw2=sliced_w2(x, reference) / floor, in3=inside.float().mean().item(),
+    found = torch.bincount(mode[inside], minlength=count) / len(x)
+    share = torch.bincount(mode, minlength=count) / len(x)
+    return dict(sw2=sliced_w2(projections(x), exact) / floor, in3=inside.float().mean().item(),
                 modes=int((found > mixture.weights / 4).sum()),
                 weight_error=(share / mixture.weights - 1).abs().max().item())
 

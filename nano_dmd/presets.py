@@ -109,14 +109,21 @@ def resolve(overrides):
 RESUMABLE = {"out", "device", "threads", "log_every", "sample_every", "save_every"}
 
 
+def read_config(folder):
+    """The Config of a run folder.  raises UserError if config.json is missing, broken or of another version."""
+    path = Path(folder) / "config.json"
+    try:
+        cfg = Config(**read_json(path))
+        validate(cfg)
+    except (TypeError, AttributeError) as e:
+        raise UserError(f"{path} is not of this version: {e}") from e
+    return cfg
+
+
 def resolve_resumed(overrides):
     """The Config a run was started with, plus the few overrides that do not change its result."""
     out = overrides.get("out") or resolve(overrides).out
-    try:
-        cfg = Config(**read_json(Path(out) / "config.json"))
-        validate(cfg)
-    except (TypeError, AttributeError) as e:
-        raise UserError(f"{out}/config.json is not of this version: {e}") from e
+    cfg = read_config(out)
     for name, value in overrides.items():
         if name not in RESUMABLE and value != getattr(cfg, name):
             raise UserError(f"--{name} was {getattr(cfg, name)} when {out} was started and cannot become {value}: "
@@ -179,7 +186,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser(prog, description):
     return Parser(prog=prog, description=description, allow_abbrev=False,
-                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                  formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_config_flags(parser):

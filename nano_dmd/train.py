@@ -5,7 +5,6 @@
 
 import json
 import math
-import platform
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from nano_dmd import evaluate
-from nano_dmd.assemble import Draw, Peek, build, cached_pairs, find_teacher, peak_memory_mib, pick_device, restore, state
+from nano_dmd.assemble import Draw, Peek, build, cached_pairs, find_teacher, machine, pick_device, restore, state
 from nano_dmd.checkpoint import (UserError, append_line, check_writable, command, load_checkpoint, read_json,
                                  remove_leftovers, save_checkpoint, save_tensors, write_atomic, write_json)
 from nano_dmd.data import load_data
@@ -25,6 +24,7 @@ from nano_dmd.dmd_loss import diff_instruct_loss, dmd_loss, regression_loss
 from nano_dmd.fake_score import denoising_loss
 from nano_dmd.gan import gan_critic_loss, gan_generator_loss
 from nano_dmd.generator import update_ema
+from nano_dmd.plot import have_matplotlib, plot_run
 from nano_dmd.presets import (PRESETS, Config, add_config_flags, describe, free_folder, parser,  # noqa: F401 (PRESETS: public)
                               resolve, resolve_resumed)
 from nano_dmd.sid_loss import sid_loss
@@ -97,6 +97,11 @@ def learning_rate(step, cfg):
     return min(1.0, left, (step + 1) / cfg.warmup if cfg.warmup else 1.0)
 
 
+def set_learning_rates(opts, step, cfg):
+    for name, opt in opts.items():
+        opt.param_groups[0]["lr"] = getattr(cfg, f"lr_{name}") * learning_rate(step, cfg)
+
+
 class Clock:
     """[CPU, wall] seconds since the start, those of the earlier parts of a resumed run included."""
 
@@ -112,14 +117,13 @@ def train(cfg, nets, opts, draw, peek, out, step=0, seconds=(0.0, 0.0)):
     clock, history = Clock(seconds), []
     bar = tqdm(range(step, cfg.steps), initial=step, total=cfg.steps, desc=cfg.method)
     for step in bar:
-        for name, opt in opts.items():
-            opt.param_groups[0]["lr"] = getattr(cfg, f"lr_{name}") * learning_rate(step, cfg)
+        set_learning_rates(opts, step, cfg)
         logs = train_step(nets, opts, draw, cfg, step)
         history.append((step + 1, logs, draw.latest.seen))
         done, last = step + 1, step + 1 == cfg.steps
         if done % cfg.log_every == 0 or last:
             history = check_finite(history, nets)
-            record = dict(step=done, critic_updates=done * cfg.critic_steps, seconds=clock.read(), **to_floats(logs),
+            record = dict(step=done, teacher=peek.reference, critic_updates=done * cfg.critic_steps, seconds=clock.read(), **to_floats(logs),
                           **diagnose(METHODS[cfg.method].generator, nets, draw.latest, cfg), by_sigma=by_level(draw.latest.seen))
             append_line(out / "log.jsonl", record)
             report_progress(record, peek.reference, bar)
@@ -159,39 +163,42 @@ def report_progress(record, reference, bar):
         bar.write(f"WARNING: samples collapse: spread {record['spread']:.3g}, the teacher's is {reference['spread']:.3g}")
 
 
-def run(cfg, resume=False):
-    """Everything from a resolved Config to a finished run folder; returns the report, also in report.json."""
-    device, out, terms = pick_device(cfg.device), Path(cfg.out), METHODS[cfg.method].generator
-    if not any(getattr(cfg, w) for w, _ in terms):
-        raise UserError(f"{cfg.method} has nothing to minimise: give one of {', '.join('--' + w for w, _ in terms)} a weight")
-    check_writable(out)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    saved = load_checkpoint(out / "checkpoint.pt", device) if resume else None
+def prepare(cfg, device):
+    """(Teacher, Nets, optimisers, Draw) of a fresh run.  raises UserError where cfg does not fit together."""
+    weights = [w for w, _ in METHODS[cfg.method].generator]
+    if not any(getattr(cfg, w) for w in weights):
+        raise UserError(f"{cfg.method} has nothing to minimise: give one of {', '.join('--' + w for w in weights)} a weight")
     data = load_data(cfg.data, device) if cfg.data else None      # a typo shows before a teacher is trained
     teacher = find_teacher(cfg, device)
     data = data or load_data(teacher.data, device)
     if (data.shape, data.classes) != (teacher.shape, teacher.classes):
         raise UserError(f"--data {cfg.data} has samples of shape {data.shape} in {data.classes} classes, "
                         f"--teacher {cfg.teacher} makes {teacher.shape} in {teacher.classes}")
+    pairs = cached_pairs(cfg, teacher, device) if cfg.w_reg and "w_reg" in weights else None
+    nets, opts = build(cfg, teacher, device)
+    return teacher, nets, opts, Draw(cfg, teacher, data, pairs, torch.Generator().manual_seed(cfg.seed), device)
+
+
+def run(cfg, resume=False):
+    """Everything from a resolved Config to a finished run folder; returns the report, also in report.json."""
+    device, out = pick_device(cfg.device), Path(cfg.out)
+    check_writable(out)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    saved = load_checkpoint(out / "checkpoint.pt", device) if resume else None
+    teacher, nets, opts, draw = prepare(cfg, device)
     remove_leftovers(out)
     write_json(out / "config.json", asdict(cfg))
     save_teacher(out, teacher.net, teacher.recipe)
-    pairs = cached_pairs(cfg, teacher, device) if cfg.w_reg and "w_reg" in dict(terms) else None
-    nets, opts = build(cfg, teacher, device)
-    rng = torch.Generator().manual_seed(cfg.seed)
     peek = Peek(teacher, len(cfg.sigma_list()), device)
-    step, seconds = restore(saved, nets, opts, rng, out / "checkpoint.pt") if resume else (0, (0.0, 0.0))
+    step, seconds = restore(saved, nets, opts, draw.rng, out / "checkpoint.pt") if resume else (0, (0.0, 0.0))
     trim_log(out / "log.jsonl", step)
-    seconds = train(cfg, nets, opts, Draw(cfg, teacher, data, pairs, rng, device), peek, out, step, seconds)
+    cpu, wall = train(cfg, nets, opts, draw, peek, out, step, seconds)
     save_tensors(out / "generator.safetensors", nets.ema.state_dict(), sigmas=cfg.sigmas, preset=cfg.preset)
     peek.save(nets.ema, out / "samples.png", beside_teacher=True)
     control = {"regression only": control_row(cfg)} if cfg.control and cfg.method == "dmd" else {}
-    rows = control | evaluate.rows(nets.ema, teacher, data, cfg.method)
-    report = dict(rows=rows, cpu_seconds=seconds[0], seconds=seconds[1], teacher_cpu_seconds=teacher.recipe["seconds"],
-                  peak_memory_mib=round(peak_memory_mib(device)), device=str(device),
-                  machine=platform.processor() or platform.machine(),
-                  threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version())
+    rows = control | evaluate.rows(nets.ema, teacher, draw.data, cfg.method)
+    report = dict(rows=rows, cpu_seconds=cpu, seconds=wall, teacher_cpu_seconds=teacher.recipe["seconds"], **machine(device))
     write_json(out / "report.json", report)
     return report
 
@@ -233,6 +240,8 @@ def main(argv=None):
             raise UserError(f"{cfg.out} already holds a run: add --resume to go on with it, or choose another --out")
         cfg = replace(cfg, out=free_folder(cfg.out))
     report = run(cfg, resume)
+    if have_matplotlib():
+        plot_run(cfg.out)
     print(evaluate.table(report["rows"]))
     print(f"{report['seconds']:.0f} s of distillation ({report['cpu_seconds']:.0f} CPU s); "
           f"pictures and numbers are in {cfg.out}/")

@@ -45,8 +45,9 @@ def test_sliced_w2_of_a_shift():
     """Moving every point by v costs |v . d| in direction d: sqrt(mean over the half circle) = |v| / sqrt 2."""
     x = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     v = torch.tensor([0.3, -0.4], dtype=torch.float64)
-    assert evaluate.sliced_w2(x.float(), (x + v).float()) == pytest.approx(0.5 / math.sqrt(2), rel=1e-4)
-    assert evaluate.sliced_w2(x.float(), x[torch.randperm(1000)].float()) == 0
+    a, b, c = (evaluate.projections(y.float()) for y in (x, x + v, x[torch.randperm(1000)]))
+    assert evaluate.sliced_w2(a, b) == pytest.approx(0.5 / math.sqrt(2), rel=1e-4)
+    assert evaluate.sliced_w2(a, c) == pytest.approx(0, abs=1e-6)
 
 
 def test_true_samples_score_as_true():

@@ -8,23 +8,21 @@ samples.gif  the students' samples while they train
 """
 
 import math
-import re
 import shlex
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from nano_dmd.assemble import Draw, build, cached_pairs, find_teacher, pick_device
+from nano_dmd.assemble import pick_device
 from nano_dmd.checkpoint import UserError, command
-from nano_dmd.compare import as_text, compare
-from nano_dmd.data import load_data
+from nano_dmd.compare import as_text, compare, folder_name
 from nano_dmd.evaluate import load_run
 from nano_dmd.plot import MISSING, have_matplotlib, save_figure
 from nano_dmd.presets import METHOD_NAMES, add_config_flags, parser, resolve
 from nano_dmd.real_score import score
 from nano_dmd.teacher import heun
-from nano_dmd.train import METHODS, learning_rate, train_step
+from nano_dmd.train import prepare, set_learning_rates, train_step
 from toy.mixtures import MIXTURES
 from toy.plots import FAKE, REAL, TEACHER, field_figure, lattice, movie_frames, samples_figure, save_movie
 
@@ -43,26 +41,15 @@ def config(row):
     return resolve(vars(p.parse_args(["--preset", "toy", "--method", *shlex.split(row)])))
 
 
-def folder_name(row):
-    """Where compare keeps the runs of a row."""
-    return re.sub(r"[^\w.]+", "-", row).strip("-")
-
-
 def watch(cfg, moments):
     """Train as nano_dmd.train does and yield (updates done, Nets) at each of moments, ascending."""
     device = pick_device(cfg.device)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    teacher = find_teacher(cfg, device)
-    uses_pairs = any(w == "w_reg" and cfg.w_reg for w, _ in METHODS[cfg.method].generator)
-    pairs = cached_pairs(cfg, teacher, device) if uses_pairs else None
-    nets, opts = build(cfg, teacher, device)
-    rng = torch.Generator().manual_seed(cfg.seed)
-    draw = Draw(cfg, teacher, load_data(cfg.data or teacher.data, device), pairs, rng, device)
+    _, nets, opts, draw = prepare(cfg, device)
     with tqdm(total=moments[-1], desc=f"{cfg.method} for the pictures") as bar:
         for start, stop in zip([0, *moments], moments):
             for step in range(start, stop):
-                for name, opt in opts.items():
-                    opt.param_groups[0]["lr"] = getattr(cfg, f"lr_{name}") * learning_rate(step, cfg)
+                set_learning_rates(opts, step, cfg)
                 train_step(nets, opts, draw, cfg, step)
                 bar.update()
             yield stop, nets

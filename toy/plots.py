@@ -59,7 +59,7 @@ def plot_field(ax, points, arrows, colour, unit, weight):
 
 def samples_figure(panels):
     """One scatter plot per (title, x (N, 2), colour)."""
-    fig, axes = figure(1, len(panels), 3.1 * len(panels), 3.7)
+    fig, axes = figure(1, len(panels), 3.1 * len(panels), 3.5)
     for ax, (title, x, colour) in zip(axes.flat, panels):
         plot_plane(ax, title)
         plot_points(ax, x, colour)
@@ -87,7 +87,7 @@ def field_figure(x, points, scores):
 
 def movie_frames(true, movie):
     """PIL images of movie {method: [(updates, x (N, 2)), ...]}, the methods side by side over true samples (M, 2)."""
-    fig, axes = figure(1, len(movie), 2.6 * len(movie), 3.1)
+    fig, axes = figure(1, len(movie), 2.6 * len(movie), 2.8)
     for moment in zip(*movie.values()):
         for ax, method, (updates, x) in zip(axes.flat, movie, moment):
             ax.clear()
@@ -107,10 +107,22 @@ def to_image(fig):
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
+def palette(steps=12):
+    """The colours of movie_frames as a PIL palette: from white to REAL, to FAKE and to black."""
+    from matplotlib.colors import to_rgb
+    from PIL import Image
+
+    inks = np.array([to_rgb(colour) for colour in (REAL, FAKE, "black")])[:, None]    # (3, 1, 3)
+    shades = 1 - np.linspace(0, 1, steps)[:, None] * (1 - inks)                       # (3, steps, 3)
+    image = Image.new("P", (1, 1))
+    image.putpalette((255 * shades).round().astype(np.uint8).tobytes())
+    return image
+
+
 def save_movie(path, frames, milliseconds=150, pause=2500):
-    """Write PIL images as an endless GIF that rests on the last one; 32 colours, those of the middle frame."""
-    palette = frames[len(frames) // 2].quantize(32, kmeans=3)
-    first, *rest = [f.quantize(palette=palette, dither=0) for f in frames]
+    """Write PIL images as an endless GIF that rests on the last one."""
+    colours = palette()
+    first, *rest = [frame.quantize(palette=colours, dither=0) for frame in frames]
     buffer = io.BytesIO()
     first.save(buffer, "GIF", save_all=True, append_images=rest, loop=0, optimize=True,
                duration=[milliseconds] * len(rest) + [pause])
