@@ -123,8 +123,8 @@ def train(cfg, nets, opts, draw, peek, out, step=0, seconds=(0.0, 0.0)):
         done, last = step + 1, step + 1 == cfg.steps
         if done % cfg.log_every == 0 or last:
             history = check_finite(history, nets)
-            record = dict(step=done, teacher=peek.reference, critic_updates=done * cfg.critic_steps, seconds=clock.read(), **to_floats(logs),
-                          **diagnose(METHODS[cfg.method].generator, nets, draw.latest, cfg), by_sigma=by_level(draw.latest.seen))
+            record = dict(step=done, critic_updates=done * cfg.critic_steps, seconds=clock.read(), teacher=peek.reference,
+                          **to_floats(logs), **diagnose(METHODS[cfg.method].generator, nets, draw.latest, cfg), by_sigma=by_level(draw.latest.seen))
             append_line(out / "log.jsonl", record)
             report_progress(record, peek.reference, bar)
         if done % cfg.sample_every == 0 or last:
