@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from nano_dmd.checkpoint import UserError, command, read_json, write_atomic
 from nano_dmd.evaluate import table
+from nano_dmd.plot import comparison, have_matplotlib, save_figure
 from nano_dmd.presets import add_config_flags, parser, resolve
 
 
@@ -33,7 +34,7 @@ def run_once(flags, folder):
 
 
 def compare(preset, rows, seeds, out, jobs=1):
-    """{row: {metric: (mean, spread)}}, spread = standard deviation over seeds; writes compare.json and compare.txt."""
+    """{row: {metric: (mean, spread)}}, spread = standard deviation over seeds; writes compare.json, .txt and .png."""
     out, flags = Path(out), {row: ["--preset", preset, "--no-control", "--method", *shlex.split(row)] for row in rows}
     for row in rows:                                              # complain about a typo before hours of work, not after
         p = parser("compare", "")
@@ -54,6 +55,9 @@ def compare(preset, rows, seeds, out, jobs=1):
         result[name] = {k: (v, 0.0) for k, v in values.items() if k in result[rows[0]]}
     write_atomic(out / "compare.json", json.dumps(result, indent=1).encode())
     write_atomic(out / "compare.txt", (as_text(result) + "\n").encode())
+    if have_matplotlib():
+        shown = [m for m in ("fd", "recall", "sw2", "in3", "weight_error") if all(m in result[row] for row in rows)]
+        save_figure(comparison(result, shown), out / "compare.png")
     return result
 
 

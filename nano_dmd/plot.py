@@ -10,6 +10,7 @@ stay near the teacher's. Colours are quantities, line styles are runs.
 import importlib.util
 import io
 import json
+import textwrap
 from pathlib import Path
 
 from nano_dmd.checkpoint import UserError, command, write_atomic
@@ -41,6 +42,22 @@ def save_figure(fig, path):
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png")
     write_atomic(path, buffer.getvalue())
+
+
+def comparison(result, metrics):
+    """What compare found, {row: {metric: (mean, spread)}}, as one panel a metric: dots, error bars, teacher dashed."""
+    rows = [row for row in result if row not in ("teacher", "real halves")]
+    fig, axes = figure(1, len(metrics), 2.5 + 2.6 * len(metrics), 1.2 + 0.35 * len(rows))
+    for ax, metric in zip(axes[0], metrics):
+        mean, spread = zip(*(result[row][metric] for row in rows))
+        ax.errorbar(mean, range(len(rows)), xerr=spread, fmt="o", color=COLOURS[1], capsize=3)
+        if metric in result.get("teacher", {}):
+            ax.axvline(result["teacher"][metric][0], color=COLOURS[2], ls="--", label="teacher")
+            ax.legend(fontsize=8)
+        ax.set(xlabel=metric, yticks=range(len(rows)), ylim=(len(rows) - 0.5, -0.5), yticklabels=[""] * len(rows))
+        ax.grid(alpha=0.3)
+    axes[0][0].set_yticklabels([textwrap.fill(row, 44) for row in rows], fontsize=8)
+    return fig
 
 
 def read_log(folder):

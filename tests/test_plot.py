@@ -114,3 +114,15 @@ def test_missing_matplotlib_is_one_sentence(run, monkeypatch, capsys):
         command(lambda: plot.main([str(run)]))
     assert stopped.value.code == 2
     assert capsys.readouterr().err == 'error: pictures need matplotlib: pip install -e ".[tutorials]"\n'
+
+
+def test_comparison_shows_mean_spread_and_the_teacher():
+    """One panel a metric: a dot at each row's mean, a bar of its spread, a line at the teacher's value."""
+    result = {"dmd": {"fd": (0.2, 0.05)}, "sid": {"fd": (0.3, 0.1)}, "teacher": {"fd": (0.1, 0.0)}, "real halves": {}}
+    (ax,) = plot.comparison(result, ["fd"]).axes
+    container = ax.containers[0]
+    np.testing.assert_array_equal(container.lines[0].get_xdata(), [0.2, 0.3])
+    bars = [segment[:, 0] for segment in container.lines[2][0].get_segments()]
+    np.testing.assert_allclose(bars, [[0.15, 0.25], [0.2, 0.4]])
+    assert ax.get_xlabel() == "fd" and [t.get_text() for t in ax.get_yticklabels()] == ["dmd", "sid"]
+    assert any(line.get_label() == "teacher" and set(line.get_xdata()) == {0.1} for line in ax.lines)
