@@ -5,34 +5,20 @@
 peak is the share of the matrix-multiplication speed measured on this machine in the precision of the run.
 """
 
-import time
-
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nano_dmd.assemble import machine, pick_device
 from nano_dmd.checkpoint import UserError, command
-from nano_dmd.evaluate import table
+from nano_dmd.evaluate import median_seconds, table
 from nano_dmd.presets import add_config_flags, parser, resolve
 from nano_dmd.train import METHODS, critic_requires_grad, prepare, train_step, update
-
-
-def seconds(function, device, repeats):
-    """Median seconds of one call, after two warm-up calls."""
-    times = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return sorted(times[2:])[repeats // 2]
 
 
 def matmul_flops(device, bf16, n=1536, repeats=10):
     """Floating-point operations per second of an (n, n) matrix product: the machine's practical peak."""
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-    return 2 * n**3 / seconds(lambda: a @ a, device, repeats)
+    return 2 * n**3 / median_seconds(lambda: a @ a, device, repeats)
 
 
 def bench(cfg, repeats):
@@ -59,7 +45,7 @@ def bench(cfg, repeats):
     def step():
         train_step(nets, opts, draw, cfg)
 
-    parts = {name: seconds(f, device, repeats) for name, f in
+    parts = {name: median_seconds(f, device, repeats) for name, f in
              {"G forward": forward, "critic update": critic, "G update": generator, "whole step": step}.items()}
     with FlopCounterMode(display=False) as counter:
         step()

@@ -68,7 +68,7 @@ def folder_name(row):
 def summary(reports):
     """Mean and spread of every metric of the student, and of the CPU and wall seconds of its distillation."""
     students = [list(r["rows"].values())[-1] for r in reports]
-    values = {k: [s[k] for s in students] for k in students[0] if k not in ("NFE", "samples/s", "speed-up")}
+    values = {k: [s[k] for s in students] for k in students[0] if k not in ("NFE", "samples/s", "speed-up", "seconds")}
     values |= {"CPU s": [r["cpu_seconds"] for r in reports], "s": [r["seconds"] for r in reports]}
     return {k: (mean(v), stdev(v) if len(v) > 1 else 0.0) for k, v in values.items()}
 

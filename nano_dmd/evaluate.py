@@ -20,9 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nano_dmd.checkpoint import UserError, cache_dir, command, load_tensors, load_weights, read_json, save_tensors
+from nano_dmd.assemble import pick_device
+from nano_dmd.checkpoint import UserError, cache_dir, command, load_tensors, load_weights, save_tensors
 from nano_dmd.data import TensorData, load_data
 from nano_dmd.generator import Generator
+from nano_dmd.presets import parser, read_config
 from nano_dmd.teacher import heun, load_teacher
 
 
@@ -164,21 +166,27 @@ def student_sampler(generator):
 
 @torch.no_grad()
 def milliseconds(sample, shape, classes, device, batch=64, repeats=5):
-    """Median milliseconds to make one batch, after a warm-up."""
+    """Median milliseconds to make one batch."""
     z, rng = torch.randn(batch, *shape, device=device), torch.Generator()
     cond = torch.zeros(batch, dtype=torch.long, device=device) if classes else None
+    return 1000 * median_seconds(lambda: sample(z, cond, rng), device, repeats)
+
+
+def median_seconds(function, device, repeats):
+    """Median wall time of one call, after two calls to warm up."""
     times = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats + 2):
         start = time.perf_counter()
-        sample(z, cond, rng)
+        function()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(1000 * (time.perf_counter() - start))
-    return sorted(times[1:])[repeats // 2]
+        times.append(time.perf_counter() - start)
+    return sorted(times[2:])[repeats // 2]
 
 
 def rows(generator, teacher, data, label, draws=5):
-    """{"real halves", "teacher", label: {metric: number}} with network calls, samples/s and speed-up."""
+    """{"real halves", "teacher", label: {metric: number}} with network calls, samples/s, speed-up
+    and, for the teacher, the seconds of its training."""
     device = next(generator.parameters()).device
     samplers = {"teacher": (lambda z, cond, rng: heun(teacher.denoiser, z, cond), 35, 1),
                 label: (student_sampler(generator), len(generator.sigmas), draws)}
@@ -186,6 +194,7 @@ def rows(generator, teacher, data, label, draws=5):
     for name, (sample, calls, repeats) in samplers.items():
         ms = milliseconds(sample, teacher.shape, teacher.classes, device)
         result[name] = measure(sample, data, repeats) | {"NFE": calls, "samples/s": 64_000 / ms}
+    result["teacher"]["seconds"] = teacher.recipe["seconds"]
     result[label]["speed-up"] = result[label]["samples/s"] / result["teacher"]["samples/s"]
     return result
 
@@ -207,10 +216,8 @@ def show(value):
 
 def load_run(folder, device="cpu"):
     """(Config, Teacher, EMA Generator) of a run folder.  raises UserError if it is not one."""
-    from nano_dmd.presets import Config
-
     folder = Path(folder)
-    cfg, teacher = Config(**read_json(folder / "config.json")), load_teacher(str(folder), device)
+    cfg, teacher = read_config(folder), load_teacher(str(folder), device)
     generator = Generator(teacher.net, cfg.sigma_list())
     load_weights(generator, load_tensors(folder / "generator.safetensors"), folder / "generator.safetensors")
     generator.net.bf16 = teacher.net.bf16 = cfg.bf16
@@ -220,17 +227,17 @@ def load_run(folder, device="cpu"):
 
 
 def main(argv=None):
-    from nano_dmd.assemble import pick_device
-    from nano_dmd.presets import parser
-
     p = parser("python -m nano_dmd.evaluate", __doc__)
     p.add_argument("run", help="a run folder")
     p.add_argument("--metric", help="print this metric alone, e.g. fd or sw2")
     p.add_argument("--draws", type=int, default=5, help="independent sample sets to average over")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda")
     args = p.parse_args(argv)
-    cfg, teacher, generator = load_run(args.run, pick_device(args.device))
-    result = rows(generator, teacher, load_data(cfg.data or teacher.data, pick_device(args.device)), cfg.method, args.draws)
+    device = pick_device(args.device)
+    if args.draws < 1:
+        raise UserError(f"--draws must be at least 1, got {args.draws}")
+    cfg, teacher, generator = load_run(args.run, device)
+    result = rows(generator, teacher, load_data(cfg.data or teacher.data, device), cfg.method, args.draws)
     if args.metric and args.metric not in result[cfg.method]:
         raise UserError(f"no metric {args.metric!r} here: choose from {', '.join(result[cfg.method])}")
     print(table({k: {args.metric: v[args.metric]} for k, v in result.items() if args.metric in v} if args.metric else result))

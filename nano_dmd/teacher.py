@@ -125,7 +125,7 @@ class Teacher(NamedTuple):
     sigma_data: float
     data: str                       # name of the data set it was trained on
     net: EDM | None = None
-    recipe: dict | None = None      # how net was trained: a RECIPES entry plus data, seed and CPU seconds
+    recipe: dict | None = None      # how net was trained: a RECIPES entry plus data, seed and seconds
 
 
 NETWORKS = {"mlp": MLP, "unet": UNet}
@@ -179,13 +179,14 @@ def fit_or_load(name, data_name, recipe, device, seed=0, show=True):
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:10]
     folder = cache_dir() / f"teacher-{name.replace(':', '-')}-{key}"
     if not (folder / "teacher.safetensors").exists():
-        start = time.process_time()
+        start = time.process_time(), time.perf_counter()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             net, data = build_edm(recipe).to(device), load_data(data_name, device)
             rng = torch.Generator().manual_seed(seed)
             net = train_teacher(net, lambda n: data.sample(n, rng), recipe, show)
-        save_teacher(folder, net, dict(recipe, seconds=round(time.process_time() - start, 1)))
+        save_teacher(folder, net, dict(recipe, cpu_seconds=round(time.process_time() - start[0], 1),
+                                         seconds=round(time.perf_counter() - start[1], 1)))
     return read_teacher(folder, device)
 
 
@@ -196,7 +197,7 @@ def weights_digest(net):
 
 
 def save_teacher(folder, net, recipe):
-    """Make folder one that load_teacher takes.  recipe: a RECIPES entry plus data, seed and CPU seconds."""
+    """Make folder one that load_teacher takes.  recipe: a RECIPES entry plus data, seed and seconds."""
     write_json(Path(folder) / "teacher.json", recipe)
     save_tensors(Path(folder) / "teacher.safetensors", net.state_dict())
 

@@ -124,7 +124,8 @@ def train(cfg, nets, opts, draw, peek, out, step=0, seconds=(0.0, 0.0)):
         if done % cfg.log_every == 0 or last:
             history = check_finite(history, nets)
             record = dict(step=done, critic_updates=done * cfg.critic_steps, seconds=clock.read(), teacher=peek.reference,
-                          **to_floats(logs), **diagnose(METHODS[cfg.method].generator, nets, draw.latest, cfg), by_sigma=by_level(draw.latest.seen))
+                          **to_floats(logs), **diagnose(METHODS[cfg.method].generator, nets, draw.latest, cfg),
+                          by_sigma=by_level(draw.latest.seen))
             append_line(out / "log.jsonl", record)
             report_progress(record, peek.reference, bar)
         if done % cfg.sample_every == 0 or last:
@@ -198,7 +199,8 @@ def run(cfg, resume=False):
     peek.save(nets.ema, out / "samples.png", beside_teacher=True)
     control = {"regression only": control_row(cfg)} if cfg.control and cfg.method == "dmd" else {}
     rows = control | evaluate.rows(nets.ema, teacher, draw.data, cfg.method)
-    report = dict(rows=rows, cpu_seconds=cpu, seconds=wall, teacher_cpu_seconds=teacher.recipe["seconds"], **machine(device))
+    rows[cfg.method]["seconds"] = wall
+    report = dict(rows=rows, cpu_seconds=cpu, seconds=wall, teacher_cpu_seconds=teacher.recipe["cpu_seconds"], **machine(device))
     write_json(out / "report.json", report)
     return report
 
