@@ -35,7 +35,10 @@ def run_once(flags, folder):
 
 def compare(preset, rows, seeds, out, jobs=1):
     """{row: {metric: (mean, spread)}}, spread = standard deviation over seeds; writes compare.json, .txt and .png."""
-    out, flags = Path(out), {row: ["--preset", preset, "--no-control", "--method", *shlex.split(row)] for row in rows}
+    try:
+        out, flags = Path(out), {row: ["--preset", preset, "--no-control", "--method", *shlex.split(row)] for row in rows}
+    except ValueError as e:                                       # a quote that is never closed
+        raise UserError(f"cannot read the rows {rows}: {e}") from e
     for row in rows:                                              # complain about a typo before hours of work, not after
         p = parser("compare", "")
         add_config_flags(p)

@@ -3,8 +3,6 @@
 import io
 
 import torch
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 
 from nano_dmd.checkpoint import write_atomic
 
@@ -23,12 +21,16 @@ def tile(x, columns, scale=4):
     """Images (N, C, H, W) in [-1, 1], or points (N, 2), -> one picture (3, H', W') in [0, 1]."""
     if x.ndim == 2:
         return density(x)
+    from torchvision.utils import make_grid                       # not at the top: half the time that --help takes
+
     grid = make_grid((x.detach().float().cpu().clamp(-1, 1) + 1) / 2, columns, padding=1, pad_value=0.5)
     return grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
 
 
 def save_picture(path, *panels):
     """Write (3, H, W) panels side by side, a white gap between them."""
+    from torchvision.transforms.functional import to_pil_image
+
     gap = torch.ones(3, panels[0].shape[1], 12)
     wide = torch.cat([p for panel in panels for p in (panel, gap)][:-1], 2)
     buffer = io.BytesIO()

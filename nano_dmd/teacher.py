@@ -203,8 +203,13 @@ def save_teacher(folder, net, recipe):
 
 
 def read_teacher(folder, device):
-    recipe = read_json(Path(folder) / "teacher.json")
-    net, path = build_edm(recipe).to(device), Path(folder) / "teacher.safetensors"
+    recipe, path = read_json(Path(folder) / "teacher.json"), Path(folder) / "teacher.safetensors"
+    try:
+        numbers = {k: float(recipe[k]) for k in ("sigma_data", "seconds", "cpu_seconds")}
+        recipe = dict(recipe, data=str(recipe["data"]), **numbers)
+        net = build_edm(recipe).to(device)
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{folder}/teacher.json does not describe a teacher ({type(e).__name__}: {e})") from e
     load_weights(net, load_tensors(path), path)
     return net.requires_grad_(False).eval(), recipe
 

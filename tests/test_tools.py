@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nano_dmd import bench, compare, evaluate, sample, train
+from nano_dmd import bench, compare, evaluate, presets, sample, train
 from nano_dmd.checkpoint import UserError
 
 TINY = ["--teacher_steps", "30", "--steps", "3", "--batch", "16"]
@@ -100,3 +100,7 @@ def test_compare_reuses_finished_runs_and_reports_the_spread(tmp_path, monkeypat
     with pytest.raises(UserError, match="unknown method 'sidd'"):
         compare.compare("toy", ["sidd"], 1, tmp_path / "typo")
     assert not (tmp_path / "typo").exists()
+
+
+def test_the_command_line_knows_every_method():
+    assert tuple(train.METHODS) == presets.METHOD_NAMES
