@@ -23,6 +23,9 @@ from nano_dmd.plot import comparison, have_matplotlib, save_figure
 from nano_dmd.presets import add_config_flags, parser, resolve
 
 
+REFERENCES = ("teacher", "real halves")                           # rows of every report that are not a student's
+
+
 def run_once(flags, folder):
     """The report of one training run in a process of its own, or of the earlier one found in folder."""
     if not (folder / "report.json").exists():
@@ -53,15 +56,22 @@ def compare(preset, rows, seeds, out, jobs=1):
             pass
         reports = {row: [futures[row, s].result() for s in range(seeds)] for row in rows}
     result = {row: summary(found) for row, found in reports.items()}
-    references = {k: v for k, v in reports[rows[0]][0]["rows"].items() if k in ("teacher", "real halves")}
-    for name, values in references.items():
-        result[name] = {k: (v, 0.0) for k, v in values.items() if k in result[rows[0]]}
+    for name, values in reports[rows[0]][0]["rows"].items():
+        if name in REFERENCES:
+            result[name] = {k: (v, 0.0) for k, v in values.items() if k in result[rows[0]]}
     write_atomic(out / "compare.json", json.dumps(result, indent=1).encode())
-    write_atomic(out / "compare.txt", (as_text(result) + "\n").encode())
+    write_atomic(out / "compare.txt", (as_text(shorten(result)) + "\n").encode())
     if have_matplotlib():
         shown = [m for m in ("fd", "recall", "sw2", "in3", "weight_error") if all(m in result[row] for row in rows)]
-        save_figure(comparison(result, shown), out / "compare.png")
+        save_figure(comparison(shorten(result), shown), out / "compare.png")
     return result
+
+
+def shorten(result):
+    """The same result, with the flags that all rows share left out of their names."""
+    parts = {row: [row] if row in REFERENCES else re.split(" (?=--)", row) for row in result}
+    shared = set.intersection(*(set(p[1:]) for row, p in parts.items() if row not in REFERENCES))
+    return {" ".join(p for p in parts[row] if p not in shared): values for row, values in result.items()}
 
 
 def folder_name(row):
@@ -91,7 +101,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.seeds < 1 or args.jobs < 1:
         raise UserError(f"--seeds and --jobs must be at least 1, got {args.seeds} and {args.jobs}")
-    print(as_text(compare(args.preset, args.rows, args.seeds, args.out, args.jobs)))
+    print(as_text(shorten(compare(args.preset, args.rows, args.seeds, args.out, args.jobs))))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def save_figure(fig, path):
 def comparison(result, metrics):
     """What compare found, {row: {metric: (mean, spread)}}, as one panel a metric: dots, error bars, teacher dashed."""
     rows = [row for row in result if row not in ("teacher", "real halves")]
-    fig, axes = figure(1, len(metrics), 2.5 + 2.6 * len(metrics), 1.2 + 0.35 * len(rows))
+    fig, axes = figure(1, len(metrics), 2.5 + 2.6 * len(metrics), 1.2 + 0.4 * len(rows))
     for ax, metric in zip(axes[0], metrics):
         mean, spread = zip(*(result[row][metric] for row in rows))
         ax.errorbar(mean, range(len(rows)), xerr=spread, fmt="o", color=COLOURS[1], capsize=3)

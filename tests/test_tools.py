@@ -102,5 +102,11 @@ def test_compare_reuses_finished_runs_and_reports_the_spread(tmp_path, monkeypat
     assert not (tmp_path / "typo").exists()
 
 
+def test_flags_that_all_rows_share_are_not_repeated():
+    values = {"fd": (1.0, 0.0)}
+    result = {"dmd2 --alpha 1 --critic_steps 1": values, "dmd2 --critic_steps 5 --alpha 1": values, "teacher": values}
+    assert list(compare.shorten(result)) == ["dmd2 --critic_steps 1", "dmd2 --critic_steps 5", "teacher"]
+
+
 def test_the_command_line_knows_every_method():
     assert tuple(train.METHODS) == presets.METHOD_NAMES
