@@ -226,7 +226,7 @@ def trim_log(path, step):
 
 
 def main(argv=None):
-    """The command line; returns the exit code (2 for a mistake of the user's, with one sentence)."""
+    """The command line; raises UserError for a mistake of the user's, which command() turns into exit code 2."""
     p = parser("python -m nano_dmd.train", __doc__)
     add_config_flags(p)
     p.add_argument("--resume", action="store_true", help="go on with the run in --out, to the bit")
