@@ -2,9 +2,11 @@
 
 import copy
 import hashlib
+import os
 import platform
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Callable
 
 import torch
 from torch import nn
@@ -15,14 +17,19 @@ from nano_dmd.diagnostics import to_floats
 from nano_dmd.fake_score import FakeScore
 from nano_dmd.gan import Discriminator
 from nano_dmd.generator import Generator
-from nano_dmd.noise import Batch
+from nano_dmd.noise import PROCESS, Batch, rows
 from nano_dmd.real_score import RealScore
-from nano_dmd.teacher import RECIPES, fit_or_load, heun, load_teacher, make_pairs, weights_digest
+from nano_dmd.teacher import heun, load_teacher, make_pairs
+from nano_dmd.tracking import tracker
+from nano_dmd.zoo import RECIPES, fit_or_load, weights_digest
 
 
 @dataclass
 class Nets:
-    """real is frozen; the critic is fake + discriminator; ema is the generator people sample from."""
+    """real is frozen; the critic is fake + discriminator; ema is the generator people sample from.
+
+    parallel holds {"critic", "generator"}: DDP where several processes share a batch, else nothing.
+    """
 
     real: nn.Module
     fake: nn.Module
@@ -30,12 +37,20 @@ class Nets:
     generator: nn.Module
     ema: nn.Module
     sigma_data: float
+    lpips: Callable | None = None
+    parallel: dict = field(default_factory=dict)
 
 
 def pick_device(name):
-    """'auto' -> cuda if there is one.  raises UserError for a device this machine lacks."""
+    """'auto' -> cuda if there is one; 'cuda' -> under torchrun, this process's own.
+
+    raises UserError for a device this machine lacks.
+    """
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
+            torch.cuda.set_device(device)
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, ImportError) as e:      # torch raises any of them, by kind of device
         raise UserError(f"no device {name!r} on this machine ({first_line(e)}); try --device cpu") from e
@@ -44,7 +59,7 @@ def pick_device(name):
 
 def find_teacher(cfg, device):
     """The Teacher, with a network to start students from: an exact mixture gets one fitted to it."""
-    teacher = load_teacher(cfg.teacher, device, cfg.teacher_steps, cfg.teacher_seed)
+    teacher = load_teacher(cfg.teacher, device, cfg.teacher_steps, cfg.teacher_seed, cfg.data)
     if teacher.net is None:
         steps = {"steps": cfg.teacher_steps} if cfg.teacher_steps else {}
         net, recipe = fit_or_load(cfg.teacher, cfg.teacher, RECIPES["toy"] | steps, device, cfg.teacher_seed)
@@ -71,19 +86,35 @@ def build(cfg, teacher, device):
     """(Nets, {"generator", "critic"} optimisers) of a fresh run."""
     torch.manual_seed(cfg.seed)                                   # from here on, cached teacher or not is the same
     generator, fake = Generator(teacher.net, cfg.sigma_list()), FakeScore(teacher.net)
-    generator.net.bf16 = fake.net.bf16 = teacher.net.bf16 = cfg.bf16
+    for net in (generator.net, fake.net, teacher.net):
+        tune(net, cfg)
     z = torch.zeros(2, *teacher.shape, device=device)
     discriminator = Discriminator(fake.features(z, z.new_ones(2)).shape[1:]).to(device)
     nets = Nets(RealScore(teacher.denoiser, cfg.guidance), fake, discriminator, generator,
                 copy.deepcopy(generator).requires_grad_(False), teacher.sigma_data)
-    adam = dict(betas=(cfg.beta1, cfg.beta2), fused=True)
-    opts = {"generator": torch.optim.Adam(generator.parameters(), **adam),
-            "critic": torch.optim.Adam([*fake.parameters(), *discriminator.parameters()], **adam)}
+    if cfg.reg_loss == "lpips" and cfg.method in ("dmd", "regression"):
+        from nano_dmd.hub import lpips
+
+        nets.lpips = lpips(device)
+    adam = dict(betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
+    opts = {"generator": torch.optim.AdamW(generator.parameters(), **adam),
+            "critic": torch.optim.AdamW([*fake.parameters(), *discriminator.parameters()], **adam)}
     return nets, opts
 
 
+def tune(denoiser, cfg):
+    """Speed and memory of one network, by cfg: precision, recomputation, compilation (in place: names stay)."""
+    denoiser.bf16 = cfg.bf16
+    if cfg.checkpointing:
+        if not hasattr(denoiser.net, "checkpointing"):
+            raise UserError(f"--checkpointing: {type(denoiser.net).__name__} cannot recompute activations; leave it out")
+        denoiser.net.checkpointing = True
+    if cfg.compile:
+        denoiser.net.compile()
+
+
 class Draw:
-    """draw() -> Batch; draw.latest is the last one.
+    """draw() -> Batch, this process's part of it; draw.latest is the last one.
 
     Indices, classes and steps come from the CPU generator rng, so that what the losses draw (torch's global
     stream) never changes the order of the data.
@@ -93,35 +124,41 @@ class Draw:
         self.cfg, self.teacher, self.data, self.pairs, self.rng, self.device = cfg, teacher, data, pairs, rng, device
         self.k, self.latest = len(cfg.sigma_list()), None
 
-    def integers(self, high):
-        return torch.randint(high, (self.cfg.batch,), generator=self.rng).to(self.device)
+    def integers(self, high, n):
+        return rows(lambda n: torch.randint(high, (n,), generator=self.rng), n).to(self.device, non_blocking=True)
+
+    def real(self, n):
+        """n samples of the data and their labels."""
+        if hasattr(self.data, "images"):                          # draws jointly, reads only its own rows
+            return self.data.sample(n, self.rng)
+        return [None if v is None else rows(lambda _: v, n) for v in self.data.sample(PROCESS["count"] * n, self.rng)]
 
     def __call__(self):
-        cfg, classes = self.cfg, self.teacher.classes
-        z = torch.randn(self.k, cfg.batch, *self.teacher.shape, device=self.device)
-        batch = self.latest = Batch(z, self.integers(classes) if classes else None)
+        cfg, classes, n = self.cfg, self.teacher.classes, self.cfg.batch // (PROCESS["count"] * self.cfg.accumulate)
+        z = rows(lambda n: torch.randn(n, self.k, *self.teacher.shape, device=self.device), n).transpose(0, 1)
+        batch = self.latest = Batch(z, self.integers(classes, n) if classes else None)
         if self.k > 1:
             batch.step = int(torch.randint(self.k, (), generator=self.rng))
             if not cfg.backward_simulation:
-                batch.start, batch.cond = self.data.sample(cfg.batch, self.rng)
+                batch.start, batch.cond = self.real(n)
         if cfg.w_disc and cfg.method == "dmd2":
-            batch.real, batch.real_cond = self.data.sample(cfg.batch, self.rng)
+            batch.real, batch.real_cond = self.real(n)
         if self.pairs:
-            index = self.integers(len(self.pairs["z"]))
+            index = self.integers(len(self.pairs["z"]), n)
             batch.pair_z, batch.pair_x = self.pairs["z"][index][None], self.pairs["x"][index]
             batch.pair_cond = self.pairs["cond"][index] if classes else None
         return batch
 
 
 class Peek:
-    """Fixed noise, the teacher's answer to it, and pictures of the generator's answer over time."""
+    """Fixed noise, the teacher's answer to it, and pictures and numbers of the generator's answer over time."""
 
-    def __init__(self, teacher, k, device, columns=8):
-        rng = torch.Generator().manual_seed(0)
-        n = 20_000 if len(teacher.shape) == 1 else (teacher.classes or columns) * columns
-        self.z = torch.randn(k, n, *teacher.shape, generator=rng).to(device)
-        self.cond = torch.arange(teacher.classes, device=device).repeat_interleave(columns) if teacher.classes else None
-        self.columns, self.teacher = columns, heun(teacher.denoiser, self.z[0], self.cond)
+    def __init__(self, teacher, cfg, out, device, columns=8):
+        rng, classes = torch.Generator().manual_seed(0), min(teacher.classes, 16)
+        n = 20_000 if len(teacher.shape) == 1 else (classes or columns) * columns
+        self.z = torch.randn(len(cfg.sigma_list()), n, *teacher.shape, generator=rng).to(device)
+        self.cond = torch.arange(classes, device=device).repeat_interleave(columns) if classes else None
+        self.columns, self.teacher, self.send = columns, heun(teacher.denoiser, self.z[0], self.cond), tracker(cfg, out)
         self.reference = to_floats(dict(x_std=self.teacher.std(), spread=self.teacher.std(0).mean()))
 
     @torch.no_grad()
@@ -131,16 +168,16 @@ class Peek:
 
 
 def state(cfg, step, seconds, nets, opts, rng):
-    """Everything a resumed run needs to go on to the bit."""
+    """Everything a resumed run needs to go on to the bit.  All processes share one random state, so one saves it."""
     modules = {name: getattr(nets, name).state_dict() for name in ("fake", "discriminator", "generator", "ema")}
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return dict(config=asdict(cfg), step=step, seconds=list(seconds), nets=modules,
+    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+    return dict(config=asdict(cfg), step=step, seconds=list(seconds), nets=modules, processes=PROCESS["count"],
                 rng=[torch.get_rng_state(), cuda, rng.get_state()],
                 opts={name: opt.state_dict() for name, opt in opts.items()})
 
 
 def restore(saved, nets, opts, rng, path):
-    """The inverse of state(): (step, seconds); raises UserError naming the first thing that does not fit."""
+    """The inverse of state(): (step, seconds, processes); raises UserError naming the first thing that does not fit."""
     try:
         for name, tensors in saved["nets"].items():
             load_weights(getattr(nets, name), tensors, path)
@@ -150,8 +187,8 @@ def restore(saved, nets, opts, rng, path):
         rng.set_state(data.cpu())
         torch.set_rng_state(cpu.cpu())
         if torch.cuda.is_available() and cuda:
-            torch.cuda.set_rng_state_all([c.cpu() for c in cuda])
-        return saved["step"], saved["seconds"]
+            torch.cuda.set_rng_state(cuda[0].cpu())
+        return saved["step"], saved["seconds"], saved["processes"]
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as e:
         raise UserError(f"checkpoint {path} is not one of this version ({type(e).__name__}: {first_line(e)})") from e
 

@@ -2,6 +2,7 @@
 
     python -m nano_dmd.bench --preset digits [--methods dmd,dmd2,sid] [--repeats 20]
 
+net forward is the bare network, what one sample costs at least; images/s are generated and trained on;
 peak is the share of the matrix-multiplication speed measured on this machine in the precision of the run.
 """
 
@@ -12,7 +13,8 @@ from nano_dmd.assemble import machine, pick_device
 from nano_dmd.checkpoint import UserError, command
 from nano_dmd.evaluate import median_seconds, table
 from nano_dmd.presets import add_config_flags, parser, resolve
-from nano_dmd.train import METHODS, critic_requires_grad, prepare, train_step, update
+from nano_dmd.teacher import FromEps
+from nano_dmd.train import critic_requires_grad, prepare, train_step, update
 
 
 def matmul_flops(device, bf16, n=1536, repeats=10):
@@ -25,7 +27,13 @@ def bench(cfg, repeats):
     """{part: milliseconds, ...} of one method on cfg.device."""
     device = pick_device(cfg.device)
     _, nets, opts, draw = prepare(cfg, device)
-    method, batch = METHODS[cfg.method], draw()
+    batch = draw()
+    denoiser, c_noise = nets.generator.net, torch.zeros(cfg.batch, device=device)
+    bare = torch.int64 if isinstance(denoiser, FromEps) else torch.float32            # these count timesteps
+
+    def net_forward():
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
+            denoiser.net(batch.z[0], c_noise.to(bare), batch.cond)
 
     def forward():
         with torch.no_grad():
@@ -35,23 +43,23 @@ def bench(cfg, repeats):
         critic_requires_grad(nets, True)
         with torch.no_grad():
             x = nets.generator(batch.z, batch.cond, batch.step, batch.start)
-        update(opts["critic"], method.critic, x, nets, batch, cfg, {})
+        update("critic", [x], nets, opts, [batch], cfg, {})
 
     def generator():
         critic_requires_grad(nets, False)
         x = nets.generator(batch.z, batch.cond, batch.step, batch.start)
-        update(opts["generator"], method.generator, x, nets, batch, cfg, {})
+        update("generator", [x], nets, opts, [batch], cfg, {})
 
     def step():
         train_step(nets, opts, draw, cfg)
 
     parts = {name: median_seconds(f, device, repeats) for name, f in
-             {"G forward": forward, "critic update": critic, "G update": generator, "whole step": step}.items()}
+             {"net forward": net_forward, "G forward": forward, "critic update": critic, "G update": generator, "whole step": step}.items()}
     with FlopCounterMode(display=False) as counter:
         step()
     share = counter.get_total_flops() / parts["whole step"] / matmul_flops(device, cfg.bf16)
     return {f"{k} ms": 1000 * v for k, v in parts.items()} | {
-        "samples/s": cfg.batch / parts["whole step"], "peak %": 100 * share, "memory MiB": machine(device)["peak_memory_mib"]}
+        "images/s": cfg.batch / parts["whole step"], "peak %": 100 * share, "memory MiB": machine(device)["peak_memory_mib"]}
 
 
 def main(argv=None):

@@ -9,7 +9,7 @@ The value of the loss says nothing about progress, not even its sign: look at th
 
 import torch
 
-from nano_dmd.noise import add_noise, draw_sigma, expand
+from nano_dmd.noise import add_noise, draw_noise, draw_sigma, expand
 
 
 def dmd_gradient(x, d_real, d_fake):
@@ -37,7 +37,7 @@ def descend(x, g):
 @torch.no_grad()
 def predictions(x, sigma, nets, cond):
     """(d_real, d_fake) at one fresh noising of x, without a graph."""
-    xt = add_noise(x, sigma, torch.randn_like(x))
+    xt = add_noise(x, sigma, draw_noise(x))
     return nets.real(xt, sigma, cond), nets.fake(xt, sigma, cond)
 
 
@@ -60,9 +60,10 @@ def diff_instruct_loss(x, nets, batch, cfg):
 
 
 def regression_loss(x, nets, batch, cfg):
-    """DMD1's anchor (eq. 9): the generator's answer to a noise should be the teacher's, in mean squared error.
+    """DMD1's anchor (eq. 9): the generator's answer to a noise should be the teacher's.  One-step generators only.
 
-    Differs: LPIPS in the paper; L2 costs .12 FID on CIFAR-10 there (appendix I). One-step generators only.
+    In mean squared error, or in LPIPS as in the paper (cfg.reg_loss): .12 FID better on CIFAR-10 there (appendix I).
     """
     y = nets.generator(batch.pair_z, batch.pair_cond)
-    return batch.mean("regression_loss", (y - batch.pair_x) ** 2, None)
+    distance = nets.lpips(y, batch.pair_x)[:, None] if cfg.reg_loss == "lpips" else (y - batch.pair_x) ** 2
+    return batch.mean("regression_loss", distance, None)

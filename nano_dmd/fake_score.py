@@ -10,7 +10,7 @@ import copy
 import torch
 from torch import nn
 
-from nano_dmd.noise import draw_sigma
+from nano_dmd.noise import draw_noise, draw_sigma
 from nano_dmd.teacher import edm_loss
 
 
@@ -41,5 +41,5 @@ def denoising_loss(x, nets, batch, cfg):
     cfg.critic_sigma is the noise distribution: lognormal(-1.2,1.2) in SiD, karras(0.002,80) in DMD2.
     """
     sigma = draw_sigma(cfg.critic_sigma, len(x), x.device)
-    loss = edm_loss(nets.fake, x.detach(), sigma, torch.randn_like(x), batch.cond, nets.sigma_data)
+    loss = edm_loss(nets.fake, x.detach(), sigma, draw_noise(x), batch.cond, nets.sigma_data)
     return batch.mean("denoising_loss", loss, sigma)

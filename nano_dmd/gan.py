@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nano_dmd.noise import add_noise, draw_sigma
+from nano_dmd.noise import add_noise, draw_noise, draw_sigma
 
 
 class Discriminator(nn.Module):
@@ -38,24 +38,29 @@ def critic_logit_loss(logits_real, logits_fake):
     return F.softplus(logits_fake).mean() + F.softplus(-logits_real).mean()
 
 
-def logits(x, nets, cond, cfg):
-    """(logits (B,), sigma (B,)) of the discriminator at one fresh noising of x (B, *S)."""
+def noised(x, cfg):
+    """(xt (B, *S), sigma (B,)): one fresh noising of x (B, *S)."""
     sigma = draw_sigma(cfg.gan_sigma, len(x), x.device)
-    xt = add_noise(x, sigma, torch.randn_like(x))
-    return nets.discriminator(nets.fake.features(xt, sigma, cond)), sigma
+    return add_noise(x, sigma, draw_noise(x)), sigma
 
 
 def gan_generator_loss(x, nets, batch, cfg):
     """Push x to where the critic sees real data.  The gradient flows through the fake score's encoder into x;
     its weights are frozen meanwhile (train.train_step), which readers mistake for "no gradient"."""
-    logits_fake, sigma = logits(x, nets, batch.cond, cfg)
+    xt, sigma = noised(x, cfg)
+    logits_fake = nets.discriminator(nets.fake.features(xt, sigma, batch.cond))
     batch.mean("gan_generator_loss", F.softplus(-logits_fake)[:, None], sigma)
     return generator_logit_loss(logits_fake)
 
 
 def gan_critic_loss(x, nets, batch, cfg):
-    """Train head and fake-score encoder to tell batch.real from x; noise and sigma are drawn apart for each."""
-    logits_fake, sigma = logits(x.detach(), nets, batch.cond, cfg)
-    logits_real, _ = logits(batch.real, nets, batch.real_cond, cfg)
+    """Train head and fake-score encoder to tell batch.real from x.
+
+    Noise and sigma are drawn apart for each, then both go through the encoder as one batch.
+    """
+    (fake, sigma), (real, sigma_real) = noised(x.detach(), cfg), noised(batch.real, cfg)
+    cond = None if batch.cond is None else torch.cat([batch.cond, batch.real_cond])
+    features = nets.fake.features(torch.cat([fake, real]), torch.cat([sigma, sigma_real]), cond)
+    logits_fake, logits_real = nets.discriminator(features).chunk(2)
     batch.mean("gan_critic_loss", F.softplus(logits_fake)[:, None], sigma)
     return critic_logit_loss(logits_real, logits_fake)

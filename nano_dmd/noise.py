@@ -56,6 +56,23 @@ def parse_sigma(spec):
     return name, a, b
 
 
+PROCESS = dict(rank=0, count=1)                                   # set by parallel.share
+
+
+def rows(draw, n):
+    """This process's n rows of draw(n * processes): N processes that share a batch draw together what one would alone.
+
+    Their random streams are in step, because all start from one seed and draw the same things.
+    """
+    first = PROCESS["rank"] * n
+    return draw(PROCESS["count"] * n)[first : first + n]
+
+
+def draw_noise(x):
+    """Unit normal noise of the shape of x (B, *S)."""
+    return rows(lambda n: torch.randn(n, *x.shape[1:], device=x.device, dtype=x.dtype), len(x))
+
+
 def draw_sigma(spec, n, device):
     """(n,) random noise levels, float32.
 
@@ -65,8 +82,8 @@ def draw_sigma(spec, n, device):
     """
     name, a, b = parse_sigma(spec)
     if name == "lognormal":
-        return torch.exp(a + b * torch.randn(n, device=device))
-    return karras(torch.rand(n, device=device), a, b)
+        return torch.exp(a + b * rows(lambda m: torch.randn(m, device=device), n))
+    return karras(rows(lambda m: torch.rand(m, device=device), n), a, b)
 
 
 @dataclass

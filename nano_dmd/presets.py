@@ -25,11 +25,15 @@ class Config:
     device: str = knob("auto", "auto | cpu | cuda | cuda:1 ...; auto takes CUDA if there is one")
     threads: int = knob(0, "CPU threads; 0 = torch's choice")
     bf16: bool = knob(False, "run the networks (not x, not the losses) in bfloat16")
+    tf32: bool = knob(True, "allow TensorFloat-32 matrix products and convolutions on CUDA")
+    compile: bool = knob(False, "torch.compile the networks: a minute or more at the start, faster steps on CUDA")
+    checkpointing: bool = knob(False, "recompute activations in backward: less memory, one more forward (EDM networks)")
 
-    teacher: str = knob("digits", "toy:NAME | digits | folder of a run that trained a teacher")
+    teacher: str = knob("digits", "toy:NAME | digits | edm:NAME | FILE.pkl | hub name or folder | a run's folder")
     teacher_steps: int = knob(0, "updates when training the teacher; 0 = its recipe's")
     teacher_seed: int = knob(0, "seed of the teacher's training")
-    data: str = knob("", "real data for the GAN and the metrics; empty = what the teacher was trained on")
+    data: str = knob("", "digits | toy:NAME | cifar10 | folder of images | EDM's .zip; empty = the teacher's own")
+    flip: bool = knob(False, "mirror real images at random")
     guidance: float = knob(1.0, "teacher guidance w in u + w (c - u); 1 = off")
     pairs: int = knob(4000, "noise-image pairs for the regression loss, images")
     pair_steps: int = knob(18, "Heun steps per pair; network calls = 2 n - 1")
@@ -37,12 +41,14 @@ class Config:
     control: bool = knob(False, "dmd: also train a student by regression alone, the number to beat")
 
     steps: int = knob(400, "generator updates")
-    batch: int = knob(64, "samples per update")
+    batch: int = knob(64, "samples per update, over all processes")
+    accumulate: int = knob(1, "parts a batch is worked off in, one after the other, to fit into memory")
     critic_steps: int = knob(1, "critic updates per generator update (TTUR)")
     lr_generator: float = knob(1e-3, "Adam learning rate of the generator")
     lr_critic: float = knob(1e-3, "Adam learning rate of fake score and discriminator")
     beta1: float = knob(0.0, "Adam beta1; momentum lets generator and critic chase each other")
     beta2: float = knob(0.99, "Adam beta2")
+    weight_decay: float = knob(0.0, "AdamW weight decay")
     warmup: int = knob(30, "generator updates of linear learning rate warm-up")
     decay_from: float = knob(0.5, "fraction of the run after which both rates fall linearly to 0; 1 = constant")
     clip: float = knob(10.0, "gradient norm limit, L2 over a whole network; 0 = off")
@@ -58,6 +64,7 @@ class Config:
 
     w_dm: float = knob(1.0, "weight of the distribution matching loss")
     w_reg: float = knob(1.0, "weight of the regression loss")
+    reg_loss: str = knob("l2", "l2 | lpips (as in the DMD paper; needs the eval extra and its VGG weights)")
     w_gan: float = knob(0.0, "weight of the generator's GAN loss; 0 = GAN off")
     w_sid: float = knob(1.0, "weight of the SiD loss")
     w_fake: float = knob(1.0, "weight of the critic's denoising loss")
@@ -66,11 +73,23 @@ class Config:
     log_every: int = knob(25, "generator updates between lines of log.jsonl")
     sample_every: int = knob(50, "generator updates between grids in samples/")
     save_every: int = knob(100, "generator updates between checkpoints")
+    eval_every: int = knob(0, "generator updates between metrics in log.jsonl; 0 = only at the end")
+    eval_images: int = knob(2000, "samples for those metrics, and for the final ones of large data sets")
+    log_to: str = knob("", "also send log.jsonl's numbers to tensorboard or wandb")
 
     def sigma_list(self):
         """The generator's noise levels as floats, descending."""
         return [float(s) for s in self.sigmas.split(",")]
 
+
+# Published settings in our conventions.  D1 = DMD paper appendix B; D2 = DMD2 experiments/imagenet/*.sh and
+# main/edm/train_edm.py; S = SiD run_sid.sh; F = FastGen config_dmd2_cifar10.py (DMD2 has no CIFAR-10 recipe).
+# Both papers' "uniform t" becomes a karras(low,high); SiD sums pixels and scales by 100, we take means: hence w_sid = 100 CHW,
+# w_fake = CHW (Adam divides a constant out, except against its eps); EMA half-lives in images become updates.
+SID = dict(sigmas="2.5", dm_sigma="karras(0.002,24.4)", beta2=0.999, clip=0, warmup=0, alpha=1.2)
+DMD = dict(sigmas="80", dm_sigma="karras(0.0032,72)", critic_sigma="karras(0.002,80)", gan_sigma="karras(0.002,80)", beta1=0.9,
+           beta2=0.999, weight_decay=0.01, clip=10, warmup=500, ema=0)
+LARGE = dict(bf16=True, decay_from=1.0, log_every=100, sample_every=1000, save_every=2000)
 
 # fmt: off
 PRESETS = {
@@ -88,8 +107,41 @@ PRESETS = {
     "digits-sid":           dict(steps=900, lr_generator=5e-4, lr_critic=1.5e-3),
     "digits-diff_instruct": dict(steps=600),
     "digits-regression":    dict(steps=500, lr_generator=1.5e-3),
+    # CIFAR-10 from EDM's published teachers, at the papers' settings: days on one GPU (README).
+    "cifar10":             dict(LARGE, teacher="edm:cifar10-cond", method="sid"),
+    "cifar10-dmd":         dict(DMD, steps=300_000, batch=392, lr_generator=5e-5, lr_critic=5e-5, w_reg=0.25, reg_loss="lpips", pairs=100_000),                                             # D1 B.1
+    "cifar10-dmd2":        dict(DMD, steps=20_000, batch=2048, lr_generator=1e-4, lr_critic=1e-4, critic_steps=5, w_gan=1e-3, w_disc=1e-2, flip=True, ema=500),                             # F; its "100k iterations" are ours times 5
+    "cifar10-sid":         dict(SID, steps=3_125_000, batch=256, lr_generator=1e-5, lr_critic=1e-5, w_sid=307_200, w_fake=3072, ema=1953),                                                  # S:49-71, 800 M images
+    "cifar10-diff_instruct": dict(SID, dm_sigma="lognormal(-1.2,1.2)", sigmas="1", steps=390_000, batch=128, lr_generator=1e-5, lr_critic=1e-5, w_dm=3072, w_fake=3072, ema=3906),          # its README.md:44-51
+    "cifar10-uncond":      dict(LARGE, teacher="edm:cifar10-uncond", method="sid"),
+    "cifar10-uncond-dmd":  dict(DMD, steps=300_000, batch=392, lr_generator=5e-5, lr_critic=5e-5, w_reg=0.5, reg_loss="lpips", pairs=500_000),                                              # D1 B.1
+    "cifar10-uncond-dmd2": dict(DMD, steps=20_000, batch=2048, lr_generator=1e-4, lr_critic=1e-4, critic_steps=5, w_gan=1e-3, w_disc=1e-2, flip=True, ema=500),                             # F, which is conditional
+    "cifar10-uncond-sid":  dict(SID, steps=1_953_125, batch=256, lr_generator=1e-5, lr_critic=1e-5, w_sid=307_200, w_fake=3072, ema=1953),                                                  # S:20-45, 500 M images
+    "imagenet64":          dict(LARGE, teacher="edm:imagenet64", method="dmd2"),
+    "imagenet64-dmd":      dict(DMD, steps=350_000, batch=336, lr_generator=2e-6, lr_critic=2e-6, w_reg=0.25, reg_loss="lpips", pairs=25_000, pair_steps=256),                              # D1 B.2
+    "imagenet64-dmd2":     dict(DMD, steps=40_000, batch=280, lr_generator=2e-6, lr_critic=2e-6, critic_steps=5, w_gan=3e-3, w_disc=1e-2),                                                  # D2: 200k critic updates
+    "imagenet64-sid":      dict(SID, steps=122_070, batch=8192, lr_generator=4e-6, lr_critic=4e-6, w_sid=1_228_800, w_fake=12_288, ema=244),                                                # S:73-98, 1000 M images
+    "ffhq64":              dict(LARGE, teacher="edm:ffhq64", method="sid"),
+    "ffhq64-sid":          dict(SID, steps=976_562, batch=512, lr_generator=1e-5, lr_critic=1e-5, w_sid=1_228_800, w_fake=12_288, ema=977),                                                 # S:100-125; Differs: generator beta1 .9 there
+    "afhqv2-64":           dict(LARGE, teacher="edm:afhqv2-64", method="sid"),
+    "afhqv2-64-sid":       dict(SID, steps=976_562, batch=512, lr_generator=5e-6, lr_critic=5e-6, alpha=1.0, w_sid=1_228_800, w_fake=12_288, ema=977),                                      # S:127-151
+    # CIFAR-10 from a teacher of one's own.  scratch: one H100 or H200, about a lecture; small: a CPU, to see every part work.
+    "cifar10-scratch":      dict(LARGE, teacher="cifar10-scratch", method="dmd2", compile=True, sigmas="2.5", dm_sigma="lognormal(-0.8,1.4)", gan_sigma="lognormal(-0.5,1.2)", batch=256, warmup=100, decay_from=0.5, ema=200, flip=True, log_every=50, sample_every=250, save_every=500, pairs=50_000),
+    "cifar10-scratch-dmd":  dict(steps=5000, lr_generator=2e-4, lr_critic=2e-4),
+    "cifar10-scratch-dmd2": dict(steps=4000, lr_generator=1e-4, lr_critic=2e-4, critic_steps=2, w_gan=0.03, w_disc=0.03),
+    "cifar10-scratch-sid":  dict(steps=6000, lr_generator=1e-4, lr_critic=2e-4),
+    "cifar10-small":        dict(teacher="cifar10-small", method="dmd", bf16=True, sigmas="2.5", dm_sigma="lognormal(-0.8,1.4)", gan_sigma="lognormal(-0.5,1.2)", batch=32, steps=500, sample_every=100, save_every=100, pairs=2000),
+    "cifar10-small-dmd":    dict(control=True),
+    "cifar10-small-dmd2":   dict(critic_steps=2, steps=350, w_gan=0.1, w_disc=0.03),
+    "cifar10-small-sid":    dict(lr_generator=5e-4, lr_critic=1.5e-3),
 }
 # fmt: on
+
+
+def split(name):
+    """'cifar10-uncond-sid' -> ('cifar10-uncond', 'sid'); 'cifar10-uncond' -> ('cifar10-uncond', '')."""
+    base, _, suffix = name.rpartition("-")
+    return (base, suffix) if suffix in METHOD_NAMES else (name, "")
 
 
 def resolve(overrides):
@@ -97,7 +149,7 @@ def resolve(overrides):
     name = overrides.get("preset", Config.preset)
     if name not in PRESETS:
         raise UserError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}")
-    base, _, suffix = name.partition("-")
+    base, suffix = split(name)
     method = overrides.get("method", suffix or PRESETS[base].get("method", Config.method))
     cfg = Config(**{**PRESETS[base], **PRESETS.get(f"{base}-{method}", {}), **overrides, "preset": name, "method": method})
     cfg.out = cfg.out or f"runs/{base}-{cfg.method}"
@@ -106,7 +158,7 @@ def resolve(overrides):
 
 
 # What a resumed run may change without ceasing to be the same run.
-RESUMABLE = {"out", "device", "threads", "log_every", "sample_every", "save_every"}
+RESUMABLE = {"out", "device", "threads", "log_every", "sample_every", "save_every", "eval_every", "eval_images", "log_to"}
 
 
 def read_config(folder):
@@ -141,13 +193,15 @@ def free_folder(out):
 METHOD_NAMES = ("dmd", "dmd2", "sid", "diff_instruct", "regression")
 LEAST = dict(steps=1, batch=1, critic_steps=1, log_every=1, sample_every=1, save_every=1, pairs=1, pair_steps=2, warmup=0,
              threads=0, teacher_steps=0, clip=0, ema=0, beta1=0, beta2=0, decay_from=0, seed=0, teacher_seed=0,
-             w_dm=0, w_reg=0, w_gan=0, w_sid=0, w_fake=0, w_disc=0)
+             w_dm=0, w_reg=0, w_gan=0, w_sid=0, w_fake=0, w_disc=0, accumulate=1, weight_decay=0, eval_every=0, eval_images=2)
+CHOICES = dict(method=METHOD_NAMES, reg_loss=("l2", "lpips"), log_to=("", "tensorboard", "wandb"))
 
 
 def validate(cfg):
     """Raise UserError for the first value that cannot work, before anything is written."""
-    if cfg.method not in METHOD_NAMES:
-        raise UserError(f"unknown method {cfg.method!r}: choose from {', '.join(METHOD_NAMES)}")
+    for name, choices in CHOICES.items():
+        if getattr(cfg, name) not in choices:
+            raise UserError(f"unknown {name} {getattr(cfg, name)!r}: choose from {', '.join(filter(None, choices))}")
     for f in fields(cfg):
         value = getattr(cfg, f.name)
         if isinstance(value, (int, float)) and not abs(value) < 2**63:

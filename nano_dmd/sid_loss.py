@@ -14,7 +14,7 @@ do better in practice because the fake score lags behind the generator.
 
 import torch
 
-from nano_dmd.noise import add_noise, draw_sigma, expand
+from nano_dmd.noise import add_noise, draw_noise, draw_sigma, expand
 
 
 def sid_integrand(x, d_real, d_fake, alpha, normalise=True):
@@ -42,6 +42,6 @@ def sid_loss(x, nets, batch, cfg):
     by 100, a constant that Adam removes; cfg.normalise off leaves the normaliser out (better in 2D).
     """
     sigma = draw_sigma(cfg.dm_sigma, len(x), x.device)
-    xt = add_noise(x, sigma, torch.randn_like(x))
+    xt = add_noise(x, sigma, draw_noise(x))
     d_real, d_fake = nets.real(xt, sigma, batch.cond), nets.fake(xt, sigma, batch.cond)
     return batch.mean("sid_loss", sid_integrand(x, d_real, d_fake, cfg.alpha, cfg.normalise), sigma)

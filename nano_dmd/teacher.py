@@ -9,20 +9,13 @@ EDM = Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Gener
 """
 
 import copy
-import hashlib
-import json
-import time
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from nano_dmd.checkpoint import UserError, cache_dir, load_tensors, load_weights, read_json, save_tensors, write_json
-from nano_dmd.data import load_data
-from nano_dmd.networks import MLP, UNet
-from nano_dmd.noise import add_noise, draw_sigma, expand, karras_sigmas
+from nano_dmd.noise import add_noise, draw_noise, draw_sigma, expand, karras_sigmas
 
 
 class Denoiser(Protocol):
@@ -64,9 +57,9 @@ class FromEps(nn.Module):
     sigma -> t is the nearest log-sigma of its table (searchsorted is off by one on 200 of SD's 1000).
     """
 
-    def __init__(self, net, alphas_cumprod):
+    def __init__(self, net, alphas_cumprod, bf16=False):
         super().__init__()
-        self.net = net
+        self.net, self.bf16 = net, bf16
         abar = alphas_cumprod.double()
         self.register_buffer("sigmas", ((1 - abar) / abar).sqrt().float())            # (T,) ascending
 
@@ -74,9 +67,17 @@ class FromEps(nn.Module):
         """(B,) sigma -> (B,) int64 index of the nearest log-sigma."""
         return (sigma.log()[:, None] - self.sigmas.log()[None]).abs().argmin(1)
 
-    def forward(self, x, sigma, cond=None):
+    def _call(self, function, x, sigma, cond):
         s = expand(sigma, x)
-        return x - s * self.net(x / (1 + s**2).sqrt(), self.timestep(sigma), cond)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            return function(x / (1 + s**2).sqrt(), self.timestep(sigma), cond).to(x.dtype)
+
+    def forward(self, x, sigma, cond=None):
+        return x - expand(sigma, x) * self._call(self.net, x, sigma, cond)
+
+    def features(self, x, sigma, cond=None):
+        """Bottleneck activations (B, C, ...) of the network, for the GAN head."""
+        return self._call(self.net.features, x, sigma, cond)
 
 
 class FromV(FromEps):
@@ -84,7 +85,8 @@ class FromV(FromEps):
 
     def forward(self, x, sigma, cond=None):
         s = expand(sigma, x)
-        return (x / (1 + s**2).sqrt() - s * self.net(x / (1 + s**2).sqrt(), self.timestep(sigma), cond)) / (1 + s**2).sqrt()
+        norm = (1 + s**2).sqrt()
+        return (x / norm - s * self._call(self.net, x, sigma, cond)) / norm
 
 
 @torch.no_grad()
@@ -117,30 +119,15 @@ def edm_loss(denoiser, x, sigma, noise, cond=None, sigma_data=0.5):
 
 
 class Teacher(NamedTuple):
-    """denoiser: what the real score asks; net: the EDM network students start from (None for an exact mixture)."""
+    """denoiser: what the real score asks; net: the Denoiser students start from (None for an exact mixture)."""
 
     denoiser: Denoiser
     shape: tuple                    # (*S) of one sample
     classes: int                    # 0 = unconditional
     sigma_data: float
-    data: str                       # name of the data set it was trained on
-    net: EDM | None = None
-    recipe: dict | None = None      # how net was trained: a RECIPES entry plus data, seed and seconds
-
-
-NETWORKS = {"mlp": MLP, "unet": UNet}
-
-# How a teacher is trained when nobody has one: steps x batch images, Adam lr, ema half-life in steps.
-RECIPES = {
-    "toy": dict(network="mlp", args={}, sigma_data=0.5, bf16=False, sigma="lognormal(-1.2,1.4)",
-                steps=2500, batch=1024, lr=2e-3, ema=100, label_dropout=0.0),
-    "digits": dict(network="unet", args=dict(channels=1, classes=10), sigma_data=0.75, bf16=True,
-                   sigma="lognormal(-1.2,1.2)", steps=1200, batch=128, lr=3e-3, ema=100, label_dropout=0.0),
-}
-
-
-def build_edm(recipe):
-    return EDM(NETWORKS[recipe["network"]](**recipe["args"]), recipe["sigma_data"], recipe["bf16"])
+    data: str                       # name of the data set it was trained on, "" if that is not known
+    net: nn.Module | None = None
+    recipe: dict | None = None      # how net was made: what zoo.save_teacher writes
 
 
 def train_teacher(denoiser, draw, recipe, show=True):
@@ -157,7 +144,7 @@ def train_teacher(denoiser, draw, recipe, show=True):
         if recipe["label_dropout"] and cond is not None:          # -1 = no class, what guidance asks for
             cond = cond.masked_fill(torch.rand(len(cond), device=x.device) < recipe["label_dropout"], -1)
         sigma = draw_sigma(recipe["sigma"], len(x), x.device)
-        loss = edm_loss(denoiser, x, sigma, torch.randn_like(x), cond, recipe["sigma_data"]).mean()
+        loss = edm_loss(denoiser, x, sigma, draw_noise(x), cond, recipe["sigma_data"]).mean()
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -173,69 +160,22 @@ def lerp(slow, fast, weight):
     torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), weight)
 
 
-def fit_or_load(name, data_name, recipe, device, seed=0, show=True):
-    """(EDM network, seconds) trained on a data set, from the cache if the same recipe was trained before."""
-    recipe = dict(recipe, data=data_name, seed=seed)
-    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:10]
-    folder = cache_dir() / f"teacher-{name.replace(':', '-')}-{key}"
-    if not (folder / "teacher.safetensors").exists():
-        start = time.process_time(), time.perf_counter()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            net, data = build_edm(recipe).to(device), load_data(data_name, device)
-            rng = torch.Generator().manual_seed(seed)
-            net = train_teacher(net, lambda n: data.sample(n, rng), recipe, show)
-        save_teacher(folder, net, dict(recipe, cpu_seconds=round(time.process_time() - start[0], 1),
-                                         seconds=round(time.perf_counter() - start[1], 1)))
-    return read_teacher(folder, device)
-
-
-def weights_digest(net):
-    """Ten hex digits that name these weights, for cache keys."""
-    data = b"".join(p.detach().cpu().numpy().tobytes() for p in net.parameters())
-    return hashlib.sha256(data).hexdigest()[:10]
-
-
-def save_teacher(folder, net, recipe):
-    """Make folder one that load_teacher takes.  recipe: a RECIPES entry plus data, seed and seconds."""
-    write_json(Path(folder) / "teacher.json", recipe)
-    save_tensors(Path(folder) / "teacher.safetensors", net.state_dict())
-
-
-def read_teacher(folder, device):
-    recipe, path = read_json(Path(folder) / "teacher.json"), Path(folder) / "teacher.safetensors"
-    try:
-        numbers = {k: float(recipe[k]) for k in ("sigma_data", "seconds", "cpu_seconds")}
-        recipe = dict(recipe, data=str(recipe["data"]), **numbers)
-        net = build_edm(recipe).to(device)
-    except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{folder}/teacher.json does not describe a teacher ({type(e).__name__}: {e})") from e
-    load_weights(net, load_tensors(path), path)
-    return net.requires_grad_(False).eval(), recipe
-
-
-def load_teacher(name, device="cpu", steps=0, seed=0, show=True):
+def load_teacher(name, device="cpu", steps=0, seed=0, data="", show=True):
     """A Teacher by name.
 
-    toy:NAME   exact mixture, see toy.mixtures.MIXTURES; its score has no error at any sigma
-    digits     trained here on the shipped digits (40 s on two cores), then kept in the cache
-    a folder   of a previous run, or of the cache: teacher.json and teacher.safetensors
+    toy:NAME        exact mixture, see toy.mixtures.MIXTURES; its score has no error at any sigma
+    digits          trained here on the shipped digits (40 s on two cores), then kept in the cache; likewise every
+                    other name in zoo.RECIPES, on the data set `data` if one is given
+    edm:NAME        EDM's published weights, cifar10-cond and others (edm_checkpoint.PUBLISHED), downloaded once
+    FILE.pkl        weights in EDM's format; nothing in the file is executed
+    a folder        of a previous run, of the cache, or of a diffusers pipeline with a UNet2DModel
+    OWNER/MODEL     such a pipeline on the hub, google/ddpm-cifar10-32 for example
 
     steps, seed override the training recipe.  raises UserError if there is no such teacher.
     """
-    if name.startswith("toy:"):
-        mixture = load_data(name, device)
-        return Teacher(mixture, mixture.shape, mixture.classes, RECIPES["toy"]["sigma_data"], name)
-    if name in RECIPES and name != "toy":
-        recipe = dict(RECIPES[name], **({"steps": steps} if steps else {}))
-        net, recipe = fit_or_load(name, name, recipe, device, seed, show)
-    elif (Path(name) / "teacher.json").is_file():
-        net, recipe = read_teacher(name, device)
-    else:
-        raise UserError(f"no teacher {name!r}: use toy:NAME, {', '.join(r for r in RECIPES if r != 'toy')}, "
-                        "or the folder of a run that trained one")
-    data = load_data(recipe["data"], device)
-    return Teacher(net, data.shape, data.classes, recipe["sigma_data"], recipe["data"], net, recipe)
+    from nano_dmd.zoo import find                                 # files and downloads: not on the reading path
+
+    return find(name, device, steps, seed, data, show)
 
 
 def make_pairs(denoiser, z, cond=None, batch=500, show=True, **heun_args):

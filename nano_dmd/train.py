@@ -5,6 +5,7 @@
 
 import json
 import math
+import os
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from nano_dmd import evaluate
 from nano_dmd.assemble import Draw, Peek, build, cached_pairs, find_teacher, machine, pick_device, restore, state
+from nano_dmd.parallel import averaging, first_then_others, leave, share, start
 from nano_dmd.checkpoint import (UserError, append_line, check_writable, command, load_checkpoint, read_json,
                                  remove_leftovers, save_checkpoint, save_tensors, write_atomic, write_json)
 from nano_dmd.data import load_data
@@ -28,7 +30,7 @@ from nano_dmd.plot import have_matplotlib, plot_run
 from nano_dmd.presets import (PRESETS, Config, add_config_flags, describe, free_folder, parser,  # noqa: F401 (PRESETS: public)
                               resolve, resolve_resumed)
 from nano_dmd.sid_loss import sid_loss
-from nano_dmd.teacher import save_teacher
+from nano_dmd.zoo import save_teacher
 
 
 class Method(NamedTuple):
@@ -57,33 +59,41 @@ def train_step(nets, opts, draw, cfg, step=10**9):
     The generator does not move during the critic's updates, so the last of its batches serves both.
     Differs: DMD2 steps the generator first, SiD draws that batch afresh (one more generator pass).
     """
-    method, logs = METHODS[cfg.method], {}
+    logs = {}
 
     critic_requires_grad(nets, True)                              # 1. fit the critic to where G is now
     for i in range(cfg.critic_steps):
-        batch = draw()
-        with torch.set_grad_enabled(i == cfg.critic_steps - 1):
-            x = nets.generator(batch.z, batch.cond, batch.step, batch.start)          # (B, *S) clean samples
-        update(opts["critic"], method.critic, x.detach(), nets, batch, cfg, logs)
+        batches = [draw() for _ in range(cfg.accumulate)]
+        with torch.set_grad_enabled(i == cfg.critic_steps - 1 and cfg.accumulate == 1):
+            xs = [nets.generator(b.z, b.cond, b.step, b.start) for b in batches]      # (B, *S) clean samples
+        update("critic", [x.detach() for x in xs], nets, opts, batches, cfg, logs)
 
     critic_requires_grad(nets, False)                             # 2. move G; gradients pass *through* the critic
-    update(opts["generator"], method.generator, x, nets, batch, cfg, logs)
+    if cfg.accumulate > 1:                                        # many graphs would not fit: make them one by one
+        xs = (nets.generator(b.z, b.cond, b.step, b.start) for b in batches)
+    update("generator", xs, nets, opts, batches, cfg, logs)
 
     update_ema(nets.ema, nets.generator, step, cfg.ema)           # 3. the copy we sample from
     return logs
 
 
-def update(opt, terms, x, nets, batch, cfg, logs):
-    """One Adam step on sum_i weight_i * loss_i; terms of weight 0 are not computed; logs every loss unweighted."""
-    losses = {loss.__name__: (getattr(cfg, w), loss(x, nets, batch, cfg)) for w, loss in terms if getattr(cfg, w)}
-    if not losses:
+def update(which, xs, nets, opts, batches, cfg, logs):
+    """One Adam step of opts[which] on sum_i weight_i * loss_i, the mean over batches (and, with several, processes).
+
+    Terms of weight 0 are not computed; logs gets every loss, unweighted, of the last batch.
+    """
+    terms = [(getattr(cfg, w), loss) for w, loss in getattr(METHODS[cfg.method], which) if getattr(cfg, w)]
+    if not terms:
         return
-    opt.zero_grad(set_to_none=True)
-    sum(w * loss for w, loss in losses.values()).backward()
+    opts[which].zero_grad(set_to_none=True)
+    for i, (x, batch) in enumerate(zip(xs, batches), 1):
+        with averaging(nets.parallel.get(which), last=i == len(batches)) as run:
+            losses = run(lambda: {loss.__name__: loss(x, nets, batch, cfg) for _, loss in terms})
+            (sum(w * loss for (w, _), loss in zip(terms, losses.values())) / len(batches)).backward()
     if cfg.clip:
-        nn.utils.clip_grad_norm_([p for group in opt.param_groups for p in group["params"]], cfg.clip)
-    opt.step()
-    logs.update({name: loss.detach() for name, (_, loss) in losses.items()})
+        nn.utils.clip_grad_norm_([p for group in opts[which].param_groups for p in group["params"]], cfg.clip)
+    opts[which].step()
+    logs.update({name: loss.detach() for name, loss in losses.items()})
 
 
 def critic_requires_grad(nets, on):
@@ -113,9 +123,12 @@ class Clock:
 
 
 def train(cfg, nets, opts, draw, peek, out, step=0, seconds=(0.0, 0.0)):
-    """The loop: train_step, then every so often a line of log.jsonl, a picture, a checkpoint.  Returns the seconds."""
+    """The loop: train_step, then every so often a line of log.jsonl, a picture, a checkpoint.  Returns the seconds.
+
+    Of several processes the first alone writes; it has a peek, the others have None.
+    """
     clock, history = Clock(seconds), []
-    bar = tqdm(range(step, cfg.steps), initial=step, total=cfg.steps, desc=cfg.method)
+    bar = tqdm(range(step, cfg.steps), initial=step, total=cfg.steps, desc=cfg.method, disable=not peek)
     for step in bar:
         set_learning_rates(opts, step, cfg)
         logs = train_step(nets, opts, draw, cfg, step)
@@ -123,10 +136,16 @@ def train(cfg, nets, opts, draw, peek, out, step=0, seconds=(0.0, 0.0)):
         done, last = step + 1, step + 1 == cfg.steps
         if done % cfg.log_every == 0 or last:
             history = check_finite(history, nets)
+        if not peek:
+            continue
+        if done % cfg.log_every == 0 or last:
             record = dict(step=done, critic_updates=done * cfg.critic_steps, seconds=clock.read(), teacher=peek.reference,
                           **to_floats(logs), **diagnose(METHODS[cfg.method].generator, nets, draw.latest, cfg),
                           by_sigma=by_level(draw.latest.seen))
+            if cfg.eval_every and (done % cfg.eval_every == 0 or last):
+                record["metrics"] = evaluate.quick(nets.ema, draw.data, cfg.eval_images)
             append_line(out / "log.jsonl", record)
+            peek.send(record)
             report_progress(record, peek.reference, bar)
         if done % cfg.sample_every == 0 or last:
             peek.save(nets.ema, out / "samples" / f"{done:06d}.png")
@@ -169,38 +188,62 @@ def prepare(cfg, device):
     weights = [w for w, _ in METHODS[cfg.method].generator]
     if not any(getattr(cfg, w) for w in weights):
         raise UserError(f"{cfg.method} has nothing to minimise: give one of {', '.join('--' + w for w in weights)} a weight")
-    data = load_data(cfg.data, device) if cfg.data else None      # a typo shows before a teacher is trained
-    teacher = find_teacher(cfg, device)
-    data = data or load_data(teacher.data, device)
-    if (data.shape, data.classes) != (teacher.shape, teacher.classes):
+    data = load_data(cfg.data, device, cfg.flip) if cfg.data else None      # a typo shows before a teacher is trained
+    teacher = first_then_others(lambda: find_teacher(cfg, device))
+    if data is None and (needs_data(cfg) or teacher.recipe["seconds"]):     # what it was trained on is at hand
+        if not teacher.data:
+            raise UserError(f"{cfg.method} with these settings needs real data, and that of {cfg.teacher} is not known: give --data")
+        data = load_data(teacher.data, device, cfg.flip)
+    if data and (data.shape, data.classes) != (teacher.shape, teacher.classes):
         raise UserError(f"--data {cfg.data} has samples of shape {data.shape} in {data.classes} classes, "
                         f"--teacher {cfg.teacher} makes {teacher.shape} in {teacher.classes}")
-    pairs = cached_pairs(cfg, teacher, device) if cfg.w_reg and "w_reg" in weights else None
+    regress = cfg.w_reg and "w_reg" in weights
+    pairs = first_then_others(lambda: cached_pairs(cfg, teacher, device)) if regress else None
     nets, opts = build(cfg, teacher, device)
     return teacher, nets, opts, Draw(cfg, teacher, data, pairs, torch.Generator().manual_seed(cfg.seed), device)
 
 
+def needs_data(cfg):
+    """Only the GAN looks at real data, and the comparison with forward-noised inputs."""
+    return (cfg.method == "dmd2" and cfg.w_disc > 0) or (len(cfg.sigma_list()) > 1 and not cfg.backward_simulation)
+
+
 def run(cfg, resume=False):
-    """Everything from a resolved Config to a finished run folder; returns the report, also in report.json."""
+    """Everything from a resolved Config to a finished run folder; returns the report, also in report.json.
+
+    Under torchrun, every process runs this; the first one writes and returns the report, the others return None.
+    """
     device, out = pick_device(cfg.device), Path(cfg.out)
+    rank, processes = start(cfg)
     check_writable(out)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
     saved = load_checkpoint(out / "checkpoint.pt", device) if resume else None
     teacher, nets, opts, draw = prepare(cfg, device)
+    step, seconds, before = restore(saved, nets, opts, draw.rng, out / "checkpoint.pt") if resume else (0, (0.0, 0.0), processes)
+    share(nets)
+    if rank:
+        train(cfg, nets, opts, draw, None, out, step, seconds)
+        return leave()
+    if before != processes:
+        print(f"resumed by {processes} processes instead of {before}: the same batches and noise, but sums in another order, "
+              "so the result agrees up to rounding and not to the bit")
     remove_leftovers(out)
     write_json(out / "config.json", asdict(cfg))
     save_teacher(out, teacher.net, teacher.recipe)
-    peek = Peek(teacher, len(cfg.sigma_list()), device)
-    step, seconds = restore(saved, nets, opts, draw.rng, out / "checkpoint.pt") if resume else (0, (0.0, 0.0))
+    peek = Peek(teacher, cfg, out, device)
     trim_log(out / "log.jsonl", step)
     cpu, wall = train(cfg, nets, opts, draw, peek, out, step, seconds)
+    leave()
     save_tensors(out / "generator.safetensors", nets.ema.state_dict(), sigmas=cfg.sigmas, preset=cfg.preset)
     peek.save(nets.ema, out / "samples.png", beside_teacher=True)
-    control = {"regression only": control_row(cfg)} if cfg.control and cfg.method == "dmd" else {}
+    control = {"regression only": control_row(cfg)} if cfg.control and cfg.method == "dmd" and processes == 1 else {}
     rows = control | evaluate.rows(nets.ema, teacher, draw.data, cfg.method)
     rows[cfg.method]["seconds"] = wall
-    report = dict(rows=rows, cpu_seconds=cpu, seconds=wall, teacher_cpu_seconds=teacher.recipe["cpu_seconds"], **machine(device))
+    report = dict(rows=rows, cpu_seconds=cpu, seconds=wall, teacher_cpu_seconds=teacher.recipe["cpu_seconds"],
+                  processes=processes, **machine(device))
     write_json(out / "report.json", report)
     return report
 
@@ -234,7 +277,9 @@ def main(argv=None):
     given = vars(p.parse_args(argv))
     resume, dry_run = given.pop("resume"), given.pop("dry_run")
     cfg = resolve_resumed(given) if resume else resolve(given)
-    print(describe(cfg), flush=True)
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        print(describe(cfg), flush=True)
     if dry_run:
         return
     if not resume and (Path(cfg.out) / "checkpoint.pt").exists():
@@ -242,6 +287,8 @@ def main(argv=None):
             raise UserError(f"{cfg.out} already holds a run: add --resume to go on with it, or choose another --out")
         cfg = replace(cfg, out=free_folder(cfg.out))
     report = run(cfg, resume)
+    if not first:
+        return
     if have_matplotlib():
         plot_run(cfg.out)
     print(evaluate.table(report["rows"]))

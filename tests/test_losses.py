@@ -66,8 +66,8 @@ def draws(*noise):
 
     modules = ("dmd_loss", "sid_loss", "gan", "fake_score")
     with ExitStack() as patches:
-        patches.enter_context(mock.patch("torch.randn_like", next_noise))
         for m in modules:
+            patches.enter_context(mock.patch(f"nano_dmd.{m}.draw_noise", next_noise))
             patches.enter_context(mock.patch(f"nano_dmd.{m}.draw_sigma", lambda spec, n, device: spec.expand(n)))
         yield
 
@@ -75,7 +75,7 @@ def draws(*noise):
 def config(**fields):
     """The Config fields a loss reads; noise levels that a test does not set are NaN, so that using one shows."""
     unset = dict.fromkeys(("dm_sigma", "critic_sigma", "gan_sigma"), tensor(math.nan))
-    return SimpleNamespace(**unset | dict(alpha=1.0, normalise=True) | fields)
+    return SimpleNamespace(**unset | dict(alpha=1.0, normalise=True, reg_loss="l2") | fields)
 
 
 def curved_nets():
@@ -217,6 +217,13 @@ def test_regression_loss_by_hand():
     loss.backward()
     assert_close((loss.detach(), a.grad), (tensor(1.0)[0], tensor(4.0)[0]), **EXACT)
     assert asked[0] is pair_cond
+
+
+def test_regression_loss_by_another_distance():
+    """reg_loss "lpips": the mean of nets.lpips(G(z), pair_x), one number per sample; here |difference|, 1 and 3."""
+    nets = SimpleNamespace(generator=lambda z, cond: 2 * z[0], lpips=lambda a, b: (a - b).abs()[:, 0])
+    batch = Batch(z=None, pair_z=tensor([[1.0], [3.0]]), pair_x=tensor([1.0], [3.0]))
+    assert_close(regression_loss(None, nets, batch, config(reg_loss="lpips")), tensor(2.0)[0], **EXACT)
 
 
 def test_denoising_loss_by_hand():
@@ -764,7 +771,7 @@ class Scale(nn.Module):
         return self.a * z[0]
 
 
-def probe_run(critic_steps=3, lr=0.1, **fields):
+def probe_run(critic_steps=3, lr=0.1, accumulate=1, **fields):
     """A train step whose every event is written down: scalar generator and critic, SGD, losses with known gradients.
 
     generator losses:  w_dm * mean x  +  w_gan * mean x^2;    critic loss:  c * mean x, which raises c's gradient mean x
@@ -795,7 +802,7 @@ def probe_run(critic_steps=3, lr=0.1, **fields):
         k = next(count)
         return Batch(tensor([[1.0], [2.0]]) + k, cond=f"cond {k}", step=k, start=f"start {k}")
 
-    cfg = SimpleNamespace(method="probe", critic_steps=critic_steps, ema=2.0, clip=0.0,
+    cfg = SimpleNamespace(method="probe", critic_steps=critic_steps, accumulate=accumulate, ema=2.0, clip=0.0,
                           **dict(w_dm=1.0, w_gan=1.0, w_fake=1.0) | fields)
     with mock.patch.dict(METHODS, {"probe": method}):
         logs = train_step(nets, opts, draw, cfg)
@@ -843,6 +850,17 @@ def test_train_step_by_hand():
     assert not any(v.requires_grad for v in logs.values())
 
 
+def test_train_step_in_parts():
+    """accumulate = 2: a batch in two parts, each with its own draw; the gradient is the mean over parts, the same as of
+    one batch that holds both.  a = 2, c = 0, lr .1, parts z = (1, 2) (2, 3), critic mean x = 2 * 2 = 4  ->  c = -.4;
+    generator at z = (1, 2, 2, 3): w_dm 1 * 2 + w_gan .2 * 2 a * 18/4 = 2 + 3.6  ->  a = 2 - .56.
+    """
+    nets, log, _, drawn = probe_run(critic_steps=1, accumulate=2, w_gan=0.2)
+    assert_close(torch.stack([nets.fake.a, nets.generator.a]).detach(), tensor(-0.4, 1.44), **EXACT)
+    assert drawn == 2 and [n for n, _, _ in log] == ["fit", "fit", "critic", *["linear", "square"] * 2, "generator"]
+    assert [graph for _, graph, _ in nets.generator.calls] == [False, False, True, True]  # one graph at a time
+
+
 def test_terms_of_weight_zero_are_not_computed():
     """w_gan = 0 switches the GAN off for real: its loss is never called (and needs no real data); no critic term with a
     weight means no critic update."""
@@ -852,12 +870,19 @@ def test_terms_of_weight_zero_are_not_computed():
     assert [name for name, _, _ in log] == ["linear", "square", "generator"] and set(logs) == {"linear", "square"}
 
 
+def update_with(opt, loss, clip=0.0, batches=(None,)):
+    """train.update on a method made of one loss."""
+    cfg, nets = SimpleNamespace(method="probe", w=1.0, clip=clip), SimpleNamespace(parallel={})
+    with mock.patch.dict(METHODS, {"probe": Method(generator=[("w", loss)], critic=[])}):
+        update("generator", batches, nets, {"generator": opt}, batches, cfg, {})
+
+
 def test_updates_do_not_accumulate():
     """Each update starts from no gradient: two updates on loss = 3a move a by lr * 3 twice, not by 3 and then 6."""
     a = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
     opt = torch.optim.SGD([a], 0.1)
     for _ in range(2):
-        update(opt, [("w", lambda x, nets, batch, cfg: 3 * a)], None, None, None, SimpleNamespace(w=1.0, clip=0.0), {})
+        update_with(opt, lambda x, nets, batch, cfg: 3 * a)
     assert_close(a.detach(), tensor(1 - 0.3 - 0.3)[0], **EXACT)
 
 
@@ -865,8 +890,7 @@ def test_clip_limits_the_norm_over_the_whole_network():
     """Gradient (3, 4) has norm 5; clip = 1 makes it (.6, .8) (torch divides by 5 + 1e-6), clip = 10 leaves it."""
     for clip, expected in ((1.0, tensor(0.6, 0.8)), (10.0, tensor(3.0, 4.0)), (0.0, tensor(3.0, 4.0))):
         a, b = (nn.Parameter(torch.tensor(0.0, dtype=torch.float64)) for _ in range(2))
-        terms = [("w", lambda x, nets, batch, cfg: 3 * a + 4 * b)]
-        update(torch.optim.SGD([a, b], 1.0), terms, None, None, None, SimpleNamespace(w=1.0, clip=clip), {})
+        update_with(torch.optim.SGD([a, b], 1.0), lambda x, nets, batch, cfg: 3 * a + 4 * b, clip)
         assert_close(-torch.stack([a, b]).detach(), expected, rtol=1e-6, atol=0)
 
 

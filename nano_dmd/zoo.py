@@ -1,0 +1,132 @@
+"""Where teachers come from: trained here, read from a folder, downloaded and converted.  Infrastructure.
+
+A teacher at rest is a folder with teacher.json, which says how to build the network, and teacher.safetensors.
+"""
+
+import hashlib
+import json
+import re
+import time
+from pathlib import Path
+
+import torch
+
+from nano_dmd.checkpoint import UserError, cache_dir, load_tensors, load_weights, read_json, save_tensors, write_json
+from nano_dmd.data import load_data
+from nano_dmd.networks import MLP, UNet
+from nano_dmd.teacher import EDM, Teacher, train_teacher
+
+SMALL_EDM = dict(model_type="SongUNet", img_resolution=32, img_channels=3, label_dim=10, model_channels=64,
+                 channel_mult=[2, 2, 2], num_blocks=2, attn_resolutions=[16], dropout=0.0)
+
+# How a teacher is trained when nobody has one: steps x batch images, Adam lr, ema half-life in steps.
+# data "" = what --data says, CIFAR-10 without it.
+# fmt: off
+RECIPES = {
+    "toy":             dict(network="mlp", args={}, data="", sigma_data=0.5, bf16=False, sigma="lognormal(-1.2,1.4)",
+                            steps=2500, batch=1024, lr=2e-3, ema=100, label_dropout=0.0),
+    "digits":          dict(network="unet", args=dict(channels=1, classes=10), data="digits", sigma_data=0.75, bf16=True,
+                            sigma="lognormal(-1.2,1.2)", steps=1200, batch=128, lr=3e-3, ema=100, label_dropout=0.0),
+    "cifar10-small":   dict(network="unet", args=dict(channels=3, classes=10), data="", sigma_data=0.5, bf16=True,
+                            sigma="lognormal(-1.2,1.2)", steps=3000, batch=64, lr=2e-3, ema=200, label_dropout=0.0),
+    "cifar10-scratch": dict(network="edm", args=SMALL_EDM, data="", sigma_data=0.5, bf16=True,
+                            sigma="lognormal(-1.2,1.2)", steps=20_000, batch=512, lr=1e-3, ema=1000, label_dropout=0.0),
+}
+# fmt: on
+
+
+def build(recipe, weights=None):
+    """The untrained Denoiser of a recipe.  raises KeyError, TypeError or ValueError if it does not describe one."""
+    kind, args = recipe["network"], recipe["args"]
+    if kind == "diffusers":
+        from nano_dmd.hub import denoiser_from_config
+
+        return denoiser_from_config(**args)
+    if kind == "edm":
+        from nano_dmd.edm_networks import edm_network
+
+        return EDM(edm_network(**args), recipe["sigma_data"], recipe["bf16"])
+    return EDM({"mlp": MLP, "unet": UNet}[kind](**args), recipe["sigma_data"], recipe["bf16"])
+
+
+def fit_or_load(name, data_name, recipe, device, seed=0, show=True):
+    """(network, recipe) trained on a data set, from the cache if the same recipe was trained before."""
+    recipe = dict(recipe, data=data_name, seed=seed)
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:10]
+    folder = cache_dir() / f"teacher-{re.sub('[^a-z0-9]+', '-', name)}-{key}"
+    if not (folder / "teacher.safetensors").exists():
+        start = time.process_time(), time.perf_counter()
+        data = load_data(data_name, device)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            net, rng = build(recipe).to(device), torch.Generator().manual_seed(seed)
+            net = train_teacher(net, lambda n: data.sample(n, rng), recipe, show)
+        save_teacher(folder, net, dict(recipe, shape=list(data.shape), classes=data.classes,
+                                       cpu_seconds=round(time.process_time() - start[0], 1),
+                                       seconds=round(time.perf_counter() - start[1], 1)))
+    return read_teacher(folder, device)
+
+
+def save_teacher(folder, net, recipe):
+    """Make folder one that load_teacher takes.
+
+    recipe: network, args, sigma_data, bf16 to build it; shape, classes, data, seconds, cpu_seconds to know about it
+    """
+    write_json(Path(folder) / "teacher.json", recipe)
+    save_tensors(Path(folder) / "teacher.safetensors", net.state_dict())
+
+
+def read_teacher(folder, device):
+    """The inverse of save_teacher: (network, recipe).  raises UserError for a folder that is not one or is broken."""
+    recipe, path = read_json(Path(folder) / "teacher.json"), Path(folder) / "teacher.safetensors"
+    try:
+        numbers = {k: float(recipe[k]) for k in ("sigma_data", "seconds", "cpu_seconds")}
+        recipe = dict(recipe, data=str(recipe["data"]), shape=[int(n) for n in recipe["shape"]],
+                      classes=int(recipe["classes"]), **numbers)
+        net = build(recipe).to(device)
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{folder}/teacher.json does not describe a teacher ({type(e).__name__}: {e})") from e
+    load_weights(net, load_tensors(path), path)
+    return net.requires_grad_(False).eval(), recipe
+
+
+def weights_digest(net):
+    """Ten hex digits that name these weights, for cache keys."""
+    data = b"".join(p.detach().cpu().numpy().tobytes() for p in net.parameters())
+    return hashlib.sha256(data).hexdigest()[:10]
+
+
+def find(name, device, steps, seed, data, show):
+    """See teacher.load_teacher."""
+    if name.startswith("toy:"):
+        mixture = load_data(name, device)
+        return Teacher(mixture, mixture.shape, mixture.classes, RECIPES["toy"]["sigma_data"], name)
+    if name in RECIPES and name != "toy":
+        recipe = dict(RECIPES[name], **({"steps": steps} if steps else {}))
+        net, recipe = fit_or_load(name, recipe["data"] or data or "cifar10", recipe, device, seed, show)
+    else:
+        net, recipe = read_teacher(folder_of(name), device)
+    return Teacher(net, tuple(recipe["shape"]), recipe["classes"], recipe["sigma_data"], recipe["data"], net, recipe)
+
+
+def folder_of(name):
+    """The folder with teacher.json for a folder, an EDM name or file, or a diffusers pipeline."""
+    path = Path(name)
+    if (path / "teacher.json").is_file():
+        return path
+    if name.startswith("edm:") or path.suffix == ".pkl":
+        from nano_dmd.edm_checkpoint import convert, fetch_edm, sha256
+
+        file = fetch_edm(name) if name.startswith("edm:") else path
+        if not file.is_file():
+            raise UserError(f"no file {name}: give an EDM .pkl, or a name like edm:cifar10-cond to have it downloaded")
+        folder = cache_dir() / f"teacher-edm-{sha256(file)[:10]}"
+        if not (folder / "teacher.safetensors").exists():         # the only metrics of others' data are CIFAR-10's
+            convert(file, folder, data="cifar10" if "cifar10" in file.name else "")
+        return folder
+    if (path / "model_index.json").is_file() or (path / "config.json").is_file() or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        from nano_dmd.hub import fetch_diffusers
+
+        return fetch_diffusers(name)
+    raise UserError(f"no teacher {name!r}: use toy:NAME, {', '.join(r for r in RECIPES if r != 'toy')}, edm:NAME, a .pkl of "
+                    "EDM's, the folder of a run that trained one, or a diffusers pipeline with a UNet2DModel")
