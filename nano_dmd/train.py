@@ -194,6 +194,8 @@ def prepare(cfg, device):
         if not teacher.data:
             raise UserError(f"{cfg.method} with these settings needs real data, and that of {cfg.teacher} is not known: give --data")
         data = load_data(teacher.data, device, cfg.flip)
+    if data and data.classes and not teacher.classes:
+        data = data.unlabelled()
     if data and (data.shape, data.classes) != (teacher.shape, teacher.classes):
         raise UserError(f"--data {cfg.data} has samples of shape {data.shape} in {data.classes} classes, "
                         f"--teacher {cfg.teacher} makes {teacher.shape} in {teacher.classes}")

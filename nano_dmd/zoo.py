@@ -124,9 +124,14 @@ def folder_of(name):
         if not (folder / "teacher.safetensors").exists():         # the only metrics of others' data are CIFAR-10's
             convert(file, folder, data="cifar10" if "cifar10" in file.name else "")
         return folder
-    if (path / "model_index.json").is_file() or (path / "config.json").is_file() or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    on_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.is_dir()  # runs/typo is not OWNER/MODEL
+    if on_the_hub or (path / "model_index.json").is_file() or "UNet2DModel" in text_of(path / "config.json"):
         from nano_dmd.hub import fetch_diffusers
 
         return fetch_diffusers(name)
     raise UserError(f"no teacher {name!r}: use toy:NAME, {', '.join(r for r in RECIPES if r != 'toy')}, edm:NAME, a .pkl of "
                     "EDM's, the folder of a run that trained one, or a diffusers pipeline with a UNet2DModel")
+
+
+def text_of(path):
+    return path.read_text(errors="replace") if path.is_file() else ""

@@ -18,10 +18,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 from nano_dmd import assemble, checkpoint, compare, evaluate, fake_score, sid_loss, teacher, train
 from nano_dmd.checkpoint import command, load_checkpoint, load_tensors, read_json
-from nano_dmd.presets import PRESETS, Config, resolve
+from nano_dmd.edm_networks import edm_network
+from nano_dmd.presets import PRESETS, Config, resolve, split
+from nano_dmd.teacher import EDM
+from nano_dmd.zoo import RECIPES, save_teacher
 
 TOY = ["--preset", "toy", "--method", "sid", "--device", "cpu", "--teacher_steps", "50", "--batch", "32",
        "--steps", "12", "--log_every", "2", "--sample_every", "4", "--save_every", "3", "--warmup", "0", "--out", "out"]
@@ -272,16 +276,45 @@ def test_default_folder_never_overwrites(tmp_path, monkeypatch, quick):
     assert snapshot("runs/toy-sid") == first and read_json("runs/toy-sid-2/config.json")["out"] == "runs/toy-sid-2"
 
 
+TINY_EDM = dict(model_type="SongUNet", img_channels=3, model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[16])
+
+
+@pytest.fixture(scope="session")
+def stand_ins(tmp_path_factory):
+    """What presets name and this machine lacks: {preset base: flags} with tiny networks for the published weights, of the
+    same resolution and classes, and a few images in folders for CIFAR-10."""
+    root, flags = tmp_path_factory.mktemp("stand-ins"), {}
+    images = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for i, pixels in enumerate(images):
+        (root / f"cifar10/{i % 10}").mkdir(parents=True, exist_ok=True)
+        to_pil_image(pixels).save(root / f"cifar10/{i % 10}/{i}.png")
+    for base, size, classes in (("cifar10", 32, 10), ("cifar10-uncond", 32, 0), ("imagenet64", 64, 1000), ("ffhq64", 64, 0),
+                                ("afhqv2-64", 64, 0)):
+        args = dict(TINY_EDM, img_resolution=size, label_dim=classes)
+        save_teacher(root / base, EDM(edm_network(**args)), dict(
+            network="edm", args=args, sigma_data=0.5, bf16=False, shape=[3, size, size], classes=classes, data="",
+            seconds=0, cpu_seconds=0))
+        flags[base] = ["--teacher", str(root / base), "--reg_loss", "l2"]
+    for base in ("cifar10", "cifar10-uncond", "cifar10-scratch", "cifar10-small"):
+        flags[base] = [*flags.get(base, ["--no-compile"]), "--data", str(root / "cifar10")]
+    return flags
+
+
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_line_runs(name, tmp_path, monkeypatch, quick, capsys):
+def test_every_preset_line_runs(name, tmp_path, monkeypatch, quick, capsys, stand_ins):
+    """Each line of PRESETS, and so each method at each scale: --dry-run writes nothing, then one real update."""
     monkeypatch.chdir(tmp_path)
-    argv = ["--preset", name, "--out", "out"]
+    monkeypatch.setitem(RECIPES["cifar10-scratch"], "args", dict(TINY_EDM, img_resolution=32, label_dim=10))
+    cfg, argv = resolve(dict(preset=name)), ["--preset", name, "--out", "out"]
     train.main([*argv, "--dry-run"])
     assert list(tmp_path.iterdir()) == [] and f"preset               {name}\n" in capsys.readouterr().out
-    train.main([*argv, "--steps", "1", "--batch", "8", "--teacher_steps", "20", "--pairs", "50", "--pair_steps", "2",
-                "--threads", "1", "--device", "cpu"])
+    large = cfg.preset.startswith(("cifar10", "imagenet64", "ffhq64", "afhqv2"))
+    if cfg.method == "dmd2" and cfg.w_disc and split(name)[0] == "imagenet64":
+        argv += ["--w_gan", "0", "--w_disc", "0"]                 # no images of 1000 classes at hand
+    train.main([*argv, *stand_ins.get(split(name)[0], []), "--steps", "1", "--batch", "2" if large else "8", "--pair_steps", "2",
+                "--teacher_steps", "2" if large else "20", "--pairs", "4" if large else "50", "--threads", "1", "--device", "cpu"])
     report = read_json("out/report.json")
-    assert resolve(dict(preset=name)).method in report["rows"] and load_checkpoint("out/checkpoint.pt")["step"] == 1
+    assert cfg.method in report["rows"] and load_checkpoint("out/checkpoint.pt")["step"] == 1
 
 
 # ---- what a run leaves
