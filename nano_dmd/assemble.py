@@ -13,6 +13,7 @@ from torch import nn
 
 from nano_dmd import pictures
 from nano_dmd.checkpoint import UserError, cache_dir, first_line, load_tensors, load_weights, save_tensors
+from nano_dmd.data import load_data
 from nano_dmd.diagnostics import to_floats
 from nano_dmd.fake_score import FakeScore
 from nano_dmd.gan import Discriminator
@@ -65,6 +66,23 @@ def find_teacher(cfg, device):
         net, recipe = fit_or_load(cfg.teacher, cfg.teacher, RECIPES["toy"] | steps, device, cfg.teacher_seed)
         teacher = teacher._replace(net=net, recipe=recipe)
     return teacher
+
+
+def find_data(cfg, teacher, device, needed=False):
+    """Real data that fits the teacher: what cfg.data says, else what the teacher was trained on here, else None.
+
+    needed  a published teacher's data is looked for as well.  raises UserError if there is none, or it does not fit
+    """
+    name = cfg.data or (teacher.data if needed or teacher.recipe["seconds"] else "")
+    if not name and needed:
+        raise UserError(f"{cfg.method} with these settings needs real data, and that of {cfg.teacher} is not known: give --data")
+    data = load_data(name, device, cfg.flip) if name else None
+    if data and data.classes and not teacher.classes:
+        data = data.unlabelled()
+    if data and (data.shape, data.classes) != (teacher.shape, teacher.classes):
+        raise UserError(f"--data {name} has samples of shape {data.shape} in {data.classes} classes, "
+                        f"--teacher {cfg.teacher} makes {teacher.shape} in {teacher.classes}")
+    return data
 
 
 def cached_pairs(cfg, teacher, device):

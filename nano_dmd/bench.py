@@ -53,8 +53,9 @@ def bench(cfg, repeats):
     def step():
         train_step(nets, opts, draw, cfg)
 
-    parts = {name: median_seconds(f, device, repeats) for name, f in
-             {"net forward": net_forward, "G forward": forward, "critic update": critic, "G update": generator, "whole step": step}.items()}
+    functions = {"net forward": net_forward, "G forward": forward, "critic update": critic, "G update": generator,
+                 "whole step": step}
+    parts = {name: median_seconds(f, device, repeats) for name, f in functions.items()}
     with FlopCounterMode(display=False) as counter:
         step()
     share = counter.get_total_flops() / parts["whole step"] / matmul_flops(device, cfg.bf16)

@@ -7,6 +7,8 @@ images  fd        Frechet distance of pixels to the training images (class-condi
         precision, recall   share of samples inside the data's 5-NN balls, and of data inside the samples'
         accuracy  3-nearest-neighbour class of a sample is the class asked for (class means get 1.00)
         nearest   mean L2 distance to the nearest training image (0 = copies)
+others  fixed_fd, fixed_precision, fixed_recall   stand-ins without a download, not comparable with FID; and, when
+        asked for by --metric, fid, isc, kid, precision, recall on Inception features: see fid.py
 2D      sw2       sliced 2-Wasserstein distance over that of fresh true samples (1 = indistinguishable)
         in3       share within 3 std of a mode (true samples .989 in 2D)
         modes     modes that hold more than a quarter of their share; weight_error  largest relative error of a mode's share
@@ -21,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nano_dmd.assemble import pick_device
+from nano_dmd import fid
+from nano_dmd.assemble import find_data, pick_device
 from nano_dmd.checkpoint import UserError, cache_dir, command, load_tensors, load_weights, save_tensors
 from nano_dmd.data import TensorData, load_data
 from nano_dmd.generator import Generator
@@ -30,12 +33,8 @@ from nano_dmd.teacher import heun, load_teacher
 
 
 def frechet(x, y):
-    """|mean difference|^2 + tr(Cx + Cy - 2 (Cx Cy)^(1/2)) of two samples (N, D), (M, D); float64 throughout."""
-    (mx, cx), (my, cy) = [(v.mean(0), v.T.cov()) for v in (x.double(), y.double())]
-    value, vector = torch.linalg.eigh(cx)
-    root = (vector * value.clamp(min=0).sqrt()) @ vector.T
-    cross = torch.linalg.eigvalsh(root @ cy @ root).clamp(min=0).sqrt().sum()
-    return ((mx - my).square().sum() + cx.trace() + cy.trace() - 2 * cross).item()
+    """Frechet distance of Gaussians fitted to two samples (N, D), (M, D)."""
+    return fid.frechet(*fid.moments(x), *fid.moments(y))
 
 
 def coverage(of, by, k=5):
@@ -113,11 +112,18 @@ def image_metrics(x, labels, data, classifier):
 
 
 @torch.no_grad()
-def split_halves(data):
+def split_halves(data, n=2000):
     """The same metrics for real data: one half against the other.  Half the sample doubles the bias of a Frechet distance."""
-    order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(0)).to(data.x.device)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     a, b = order[: len(order) // 2], order[len(order) // 2 :]
+    if not is_digits(data):
+        return fid.standin_metrics(*[TensorData(data.pixels[half[:n].sort().values]) for half in (a, b)], n)
     return image_metrics(data.x[a], data.labels[a], TensorData(data.x[b], data.labels[b]), digit_classifier(data))
+
+
+def is_digits(data):
+    """The shipped digits have metrics of their own; other images share fid.standin_metrics."""
+    return tuple(data.shape) == (1, 8, 8) and data.classes == 10
 
 
 @torch.no_grad()
@@ -133,45 +139,40 @@ def mixture_metrics(x, mixture):
                 weight_error=(share / mixture.weights - 1).abs().max().item())
 
 
-def measure(sample, data, draws=5):
-    """Mean metrics of sample(z, cond) -> x over several draws; the noise comes from fixed seeds.
+def measure(sample, data, draws=5, k=1, images=2000):
+    """Mean metrics of sample(z (k, B, *S), cond) -> x over several draws; the noise comes from fixed seeds.
 
-    Images: as many samples as the data set has, with its labels.  2D: 50,000 points a draw.
+    Digits: as many samples as the data set has, with its labels.  2D: 50,000 points a draw.  Other images: `images`.
     """
-    rows, device = [], data.means.device if hasattr(data, "means") else data.x.device
-    for seed in range(draws):
-        rng = torch.Generator().manual_seed(1000 + seed)
+    rows, device = [], data.means.device if hasattr(data, "means") else data.device
+    for seed in range(1000, 1000 + draws):
+        rng = torch.Generator().manual_seed(seed)
         if hasattr(data, "means"):
-            z = torch.randn(50_000, *data.shape, generator=rng).to(device)
-            rows.append(mixture_metrics(in_batches(sample, z, None, 10_000, rng), data))
-        else:
-            z = torch.randn(data.x.shape, generator=rng).to(device)
-            x = in_batches(sample, z, data.labels, 600, rng)
+            z = torch.randn(k, 50_000, *data.shape, generator=rng).to(device)
+            rows.append(mixture_metrics(in_batches(sample, z, None, 10_000), data))
+        elif is_digits(data):
+            z = torch.randn(k, *data.x.shape, generator=rng).to(device)
+            x = in_batches(sample, z, data.labels, 600)
             rows.append(image_metrics(x, data.labels, data, digit_classifier(data)))
-    return {k: sum(r[k] for r in rows) / draws for k in rows[0]}
+        else:
+            seeds = range(seed * images, (seed + 1) * images)
+            made = fid.generate(sample, seeds, data.shape, data.classes, k, device, show=False)
+            rows.append(fid.standin_metrics(made, data, images))
+    return {name: sum(r[name] for r in rows) / draws for name in rows[0]}
 
 
 @torch.no_grad()
-def in_batches(sample, z, cond, size, rng):
-    return torch.cat([sample(z[i : i + size], None if cond is None else cond[i : i + size], rng)
-                      for i in range(0, len(z), size)])
-
-
-def student_sampler(generator):
-    """sample(z, cond, rng) for a Generator: z starts it, later steps take fresh noise from the CPU generator rng."""
-    def sample(z, cond, rng):
-        later = [torch.randn(z.shape, generator=rng).to(z) for _ in generator.sigmas[1:]]
-        return generator(torch.stack([z, *later]), cond)
-
-    return sample
+def in_batches(sample, z, cond, size):
+    """sample(z (k, N, *S), cond) in parts of size."""
+    return torch.cat([sample(z[:, i : i + size], None if cond is None else cond[i : i + size])
+                      for i in range(0, z.shape[1], size)])
 
 
 @torch.no_grad()
-def milliseconds(sample, shape, classes, device, batch=64, repeats=5):
+def milliseconds(sample, shape, classes, device, k=1, batch=64, repeats=5):
     """Median milliseconds to make one batch."""
-    z, rng = torch.randn(batch, *shape, device=device), torch.Generator()
-    cond = torch.zeros(batch, dtype=torch.long, device=device) if classes else None
-    return 1000 * median_seconds(lambda: sample(z, cond, rng), device, repeats)
+    z, cond = torch.randn(k, batch, *shape, device=device), torch.zeros(batch, dtype=torch.long, device=device)
+    return 1000 * median_seconds(lambda: sample(z, cond if classes else None), device, repeats)
 
 
 def median_seconds(function, device, repeats):
@@ -186,19 +187,27 @@ def median_seconds(function, device, repeats):
     return sorted(times[2:])[repeats // 2]
 
 
-def rows(generator, teacher, data, label, draws=5):
+def rows(generator, teacher, data, label, draws=5, images=2000):
     """{"real halves", "teacher", label: {metric: number}} with network calls, samples/s, speed-up
-    and, for the teacher, the seconds of its training."""
-    device = next(generator.parameters()).device
-    samplers = {"teacher": (lambda z, cond, rng: heun(teacher.denoiser, z, cond), 35, 1),
-                label: (student_sampler(generator), len(generator.sigmas), draws)}
-    result = {"real halves": split_halves(data)} if hasattr(data, "x") else {}
-    for name, (sample, calls, repeats) in samplers.items():
-        ms = milliseconds(sample, teacher.shape, teacher.classes, device)
-        result[name] = measure(sample, data, repeats) | {"NFE": calls, "samples/s": 64_000 / ms}
-    result["teacher"]["seconds"] = teacher.recipe["seconds"]
+    and, for a teacher trained here, the seconds of that.  Without data, a table of speeds alone.
+
+    draws  sample sets to average the student's metrics over, for small data; images  size of a set for large data
+    """
+    device, k = next(generator.parameters()).device, len(generator.sigmas)
+    samplers = {"teacher": (lambda z, cond: heun(teacher.denoiser, z[0], cond), 1, 35, 1), label: (generator, k, k, draws)}
+    result = {"real halves": split_halves(data, images)} if hasattr(data, "pixels") else {}
+    for name, (sample, k, calls, repeats) in samplers.items():
+        ms = milliseconds(sample, teacher.shape, teacher.classes, device, k)
+        found = measure(sample, data, repeats, k, images) if data else {}
+        result[name] = found | {"NFE": calls, "samples/s": 64_000 / ms}
+    result["teacher"]["seconds"] = teacher.recipe["seconds"] or None
     result[label]["speed-up"] = result[label]["samples/s"] / result["teacher"]["samples/s"]
     return result
+
+
+def quick(generator, data, images):
+    """The student's metrics alone, from one set of samples: cheap enough to take while training.  {} without data."""
+    return measure(generator, data, 1, len(generator.sigmas), images) if data else {}
 
 
 def table(rows):
@@ -228,18 +237,37 @@ def load_run(folder, device="cpu"):
     return cfg, teacher, generator.requires_grad_(False)
 
 
+def inception_rows(cfg, teacher, generator, args, device):
+    """{method: metrics on Inception features} of args.n images from seeds 0, 1, ...; see fid.py."""
+    reference = args.reference or cfg.data or teacher.data
+    if not reference:
+        raise UserError(f"the data set of {args.run} is not known: name one, or an .npz of EDM's, with --reference")
+    reference = reference if reference.endswith(".npz") else load_data(reference, device)
+    made = fid.generate(generator, range(args.n), teacher.shape, teacher.classes, len(generator.sigmas), device, args.batch)
+    metrics = [m for m in fid.METRICS if m in args.metric.split(",")]
+    return {cfg.method: fid.inception_metrics(made, reference, metrics, device, args.inception_weights)}
+
+
 def main(argv=None):
     p = parser("python -m nano_dmd.evaluate", __doc__)
     p.add_argument("run", help="a run folder")
-    p.add_argument("--metric", help="print this metric alone, e.g. fd or sw2")
+    p.add_argument("--metric", help=f"print this metric alone, e.g. sw2; or some of {','.join(fid.METRICS)} (Inception)")
     p.add_argument("--draws", type=int, default=5, help="independent sample sets to average over")
+    p.add_argument("--n", type=int, default=50_000, help="samples for metrics on Inception features; papers use 50000")
+    p.add_argument("--batch", type=int, default=250, help="samples made at once for those metrics")
+    p.add_argument("--reference", help="for those metrics: an .npz of EDM's fid-refs, or a data set (default: the run's)")
+    p.add_argument("--inception-weights", help="torch-fidelity's Inception weights (default: downloaded once)")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda")
     args = p.parse_args(argv)
     device = pick_device(args.device)
-    if args.draws < 1:
-        raise UserError(f"--draws must be at least 1, got {args.draws}")
+    for name, least in dict(draws=1, n=2, batch=1).items():
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     cfg, teacher, generator = load_run(args.run, device)
-    result = rows(generator, teacher, load_data(cfg.data or teacher.data, device), cfg.method, args.draws)
+    if set((args.metric or "").split(",")) & set(fid.METRICS) and teacher.shape[0] == 3:
+        print(table(inception_rows(cfg, teacher, generator, args, device)))
+        return
+    result = rows(generator, teacher, find_data(cfg, teacher, device), cfg.method, args.draws, cfg.eval_images)
     if args.metric and args.metric not in result[cfg.method]:
         raise UserError(f"no metric {args.metric!r} here: choose from {', '.join(result[cfg.method])}")
     print(table({k: {args.metric: v[args.metric]} for k, v in result.items() if args.metric in v} if args.metric else result))

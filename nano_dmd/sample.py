@@ -12,7 +12,7 @@ import torch
 from nano_dmd import pictures
 from nano_dmd.assemble import pick_device
 from nano_dmd.checkpoint import UserError, command, write_atomic
-from nano_dmd.evaluate import in_batches, load_run, student_sampler
+from nano_dmd.evaluate import in_batches, load_run
 from nano_dmd.presets import parser
 
 
@@ -24,8 +24,8 @@ def sample(folder, n, label=None, seed=0, device="cpu"):
     rng, cond = torch.Generator().manual_seed(seed), None
     if teacher.classes:
         cond = (torch.arange(n) % teacher.classes if label is None else torch.full((n,), label)).to(device)
-    z = torch.randn(n, *teacher.shape, generator=rng).to(device)
-    return in_batches(student_sampler(generator), z, cond, 500, rng).cpu()
+    z = torch.randn(len(generator.sigmas), n, *teacher.shape, generator=rng).to(device)
+    return in_batches(generator, z, cond, 500).cpu()
 
 
 def main(argv=None):

@@ -25,7 +25,7 @@ def tracker(cfg, out):
             return lambda record: run.log(flatten(record), step=record["step"])
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as e:
-        raise UserError(f"--log_to {cfg.log_to} needs a package that is not here ({e}): {HOW[cfg.log_to]}, or leave it out") from e
+        raise UserError(f"--log_to {cfg.log_to} needs a package ({e}): {HOW[cfg.log_to]}, or leave it out") from e
     writer = SummaryWriter(out / "tensorboard")
 
     def send(record):

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from nano_dmd import evaluate
-from nano_dmd.assemble import Draw, Peek, build, cached_pairs, find_teacher, machine, pick_device, restore, state
+from nano_dmd.assemble import Draw, Peek, build, cached_pairs, find_data, find_teacher, machine, pick_device, restore, state
 from nano_dmd.parallel import averaging, first_then_others, leave, share, start
 from nano_dmd.checkpoint import (UserError, append_line, check_writable, command, load_checkpoint, read_json,
                                  remove_leftovers, save_checkpoint, save_tensors, write_atomic, write_json)
@@ -188,17 +188,10 @@ def prepare(cfg, device):
     weights = [w for w, _ in METHODS[cfg.method].generator]
     if not any(getattr(cfg, w) for w in weights):
         raise UserError(f"{cfg.method} has nothing to minimise: give one of {', '.join('--' + w for w in weights)} a weight")
-    data = load_data(cfg.data, device, cfg.flip) if cfg.data else None      # a typo shows before a teacher is trained
+    if cfg.data:
+        load_data(cfg.data, device)                               # a typo shows before a teacher is trained
     teacher = first_then_others(lambda: find_teacher(cfg, device))
-    if data is None and (needs_data(cfg) or teacher.recipe["seconds"]):     # what it was trained on is at hand
-        if not teacher.data:
-            raise UserError(f"{cfg.method} with these settings needs real data, and that of {cfg.teacher} is not known: give --data")
-        data = load_data(teacher.data, device, cfg.flip)
-    if data and data.classes and not teacher.classes:
-        data = data.unlabelled()
-    if data and (data.shape, data.classes) != (teacher.shape, teacher.classes):
-        raise UserError(f"--data {cfg.data} has samples of shape {data.shape} in {data.classes} classes, "
-                        f"--teacher {cfg.teacher} makes {teacher.shape} in {teacher.classes}")
+    data = find_data(cfg, teacher, device, needs_data(cfg))
     regress = cfg.w_reg and "w_reg" in weights
     pairs = first_then_others(lambda: cached_pairs(cfg, teacher, device)) if regress else None
     nets, opts = build(cfg, teacher, device)
@@ -242,7 +235,7 @@ def run(cfg, resume=False):
     save_tensors(out / "generator.safetensors", nets.ema.state_dict(), sigmas=cfg.sigmas, preset=cfg.preset)
     peek.save(nets.ema, out / "samples.png", beside_teacher=True)
     control = {"regression only": control_row(cfg)} if cfg.control and cfg.method == "dmd" and processes == 1 else {}
-    rows = control | evaluate.rows(nets.ema, teacher, draw.data, cfg.method)
+    rows = control | evaluate.rows(nets.ema, teacher, draw.data, cfg.method, images=cfg.eval_images)
     rows[cfg.method]["seconds"] = wall
     report = dict(rows=rows, cpu_seconds=cpu, seconds=wall, teacher_cpu_seconds=teacher.recipe["cpu_seconds"],
                   processes=processes, **machine(device))

@@ -290,7 +290,8 @@ def test_teacher_json_with_unknown_data(teacher_folder, data):
     recipe = read_json(teacher_folder / "teacher.json")
     (teacher_folder / "teacher.json").write_text(json.dumps({**recipe, "data": data}))
     load_teacher(str(teacher_folder))                             # a teacher can be used without its data
-    assert repr(data) in sentence(prepare, resolve(dict(preset="toy", teacher=str(teacher_folder), data=data)), torch.device("cpu"))
+    cfg = resolve(dict(preset="toy", teacher=str(teacher_folder), data=data))
+    assert repr(data) in sentence(prepare, cfg, torch.device("cpu"))
 
 
 @pytest.fixture

@@ -195,7 +195,7 @@ def environment():
     (["run", "--draws", "0"], "--draws"),
 ], ids=str)
 def test_evaluate_mistakes(complain, finished, monkeypatch, argv, text):
-    monkeypatch.setattr(evaluate, "measure", lambda sample, data, draws=5: {"sw2": sum([1.0] * draws) / draws})
+    monkeypatch.setattr(evaluate, "measure", lambda sample, data, draws=5, k=1, images=0: {"sw2": sum([1.0] * draws) / draws})
     monkeypatch.setattr(evaluate, "milliseconds", lambda *a: 1.0)
     assert text in complain(argv, evaluate.main)
 
@@ -311,8 +311,10 @@ def test_every_preset_line_runs(name, tmp_path, monkeypatch, quick, capsys, stan
     large = cfg.preset.startswith(("cifar10", "imagenet64", "ffhq64", "afhqv2"))
     if cfg.method == "dmd2" and cfg.w_disc and split(name)[0] == "imagenet64":
         argv += ["--w_gan", "0", "--w_disc", "0"]                 # no images of 1000 classes at hand
-    train.main([*argv, *stand_ins.get(split(name)[0], []), "--steps", "1", "--batch", "2" if large else "8", "--pair_steps", "2",
-                "--teacher_steps", "2" if large else "20", "--pairs", "4" if large else "50", "--threads", "1", "--device", "cpu"])
+    sizes = {"--batch": "2", "--teacher_steps": "2", "--pairs": "4"} if large else {
+        "--batch": "8", "--teacher_steps": "20", "--pairs": "50"}
+    train.main([*argv, *stand_ins.get(split(name)[0], []), *sum(map(list, sizes.items()), []), "--steps", "1",
+                "--pair_steps", "2", "--threads", "1", "--device", "cpu"])
     report = read_json("out/report.json")
     assert cfg.method in report["rows"] and load_checkpoint("out/checkpoint.pt")["step"] == 1
 

@@ -69,8 +69,8 @@ def test_a_diffusers_model_is_distilled(method, tmp_path, quick):
 def test_the_gan_needs_data_by_name(tmp_path, quick):
     pipeline(tmp_path / "model")
     with pytest.raises(UserError, match="needs real data.*give --data"):
-        train.main(["--preset", "digits", "--method", "dmd2", "--teacher", str(tmp_path / "model"), "--out", str(tmp_path / "run"),
-                    "--device", "cpu"])
+        train.main(["--preset", "digits", "--method", "dmd2", "--teacher", str(tmp_path / "model"),
+                    "--out", str(tmp_path / "run"), "--device", "cpu"])
 
 
 def test_a_folder_that_changes_is_read_again(tmp_path):

@@ -38,7 +38,7 @@ RUNS = {
 def skip_evaluation(set_attribute):
     """What is skipped comes after the last step, or is only looked at."""
     set_attribute(train, "have_matplotlib", lambda: False)
-    set_attribute(evaluate, "rows", lambda net, teacher, data, label: {
+    set_attribute(evaluate, "rows", lambda net, teacher, data, label, images: {
         "teacher": {"NFE": 35, "seconds": 1.0}, label: {"NFE": len(net.sigmas)}})
     set_attribute(assemble, "heun", lambda denoiser, z, cond=None: 0.5 * z)
 

@@ -82,7 +82,8 @@ def test_bench_has_every_method_and_part(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:]] == list(train.METHODS)
     header = lines[1]
-    for column in ("net forward ms", "G forward ms", "critic update ms", "G update ms", "whole step ms", "images/s", "peak %", "memory MiB"):
+    for column in ("net forward ms", "G forward ms", "critic update ms", "G update ms", "whole step ms", "images/s",
+                   "peak %", "memory MiB"):
         assert column in header
     assert all(float(v) > 0 for line in lines[2:] for v in line.split()[2:])
 
