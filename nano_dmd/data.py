@@ -54,9 +54,9 @@ class TensorData:
     def images(self, index):
         """Images number index (B,) int64 -> (B, C, H, W) float32 in [-1, 1] on the device."""
         batch = self.pixels[index.to(self.pixels.device)]
-        if batch.device != self.device:
-            batch = batch.pin_memory().to(self.device, non_blocking=True)
-        return to_float(batch)
+        if self.device.type == "cuda" and not batch.is_cuda:
+            batch = batch.pin_memory()
+        return to_float(batch.to(self.device, non_blocking=True))
 
     def sample(self, n, generator=None):
         """n images drawn with replacement, mirrored at random if flip; of N processes, each gets its n of a joint draw.
@@ -102,26 +102,25 @@ def list_folder(path):
     names, labels = [], []
     for label, folder in enumerate(folders or [""]):
         inside = [os.path.join(folder, f) for f in sorted(os.listdir(path / folder)) if f.lower().endswith(SUFFIXES)]
-        if not inside:
-            raise UserError(f"no .png or .jpg images in {path / folder}; a data set is a folder of images, or of one folder for "
-                            "each class")
+        if folder and not inside:
+            raise UserError(f"no .png or .jpg images in {path / folder}: every folder in {path} should hold those of one class")
         names, labels = names + inside, labels + [label] * len(inside)
     return names, labels if folders else None
 
 
-def list_zip(path, archive):
-    """(image names, their class numbers or None) of an EDM .zip: dataset.json is {"labels": [[name, number], ...] or null}."""
-    names = sorted(n for n in archive.namelist() if n.lower().endswith(SUFFIXES))
-    if not names:
-        raise UserError(f"no .png or .jpg images in {path}")
+def list_zip(path):
+    """(image names, their class numbers or None, read) of an EDM .zip: dataset.json is {"labels": [[name, number], ...]}."""
     try:
-        table = dict(json.loads(archive.read("dataset.json"))["labels"] or ()) if "dataset.json" in archive.namelist() else {}
+        archive = zipfile.ZipFile(path)
+        names = sorted(n for n in archive.namelist() if n.lower().endswith(SUFFIXES))
+        table = json.loads(archive.read("dataset.json"))["labels"] if "dataset.json" in archive.namelist() else None
+        table = dict(table or ())
         labels = [table[name] for name in names] if table else None
-    except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"dataset.json of {path} does not label every image ({type(e).__name__}: {first_line(e)})") from e
+    except (zipfile.BadZipFile, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{path} is no .zip of EDM's dataset_tool.py with a label for every image ({first_line(e)})") from e
     if wrong := [(n, v) for n, v in zip(names, labels or []) if type(v) is not int or v < 0]:
-        raise UserError(f"dataset.json of {path} labels {wrong[0][0]} with {wrong[0][1]}: labels must be class numbers 0, 1, ...")
-    return names, labels
+        raise UserError(f"{path} labels {wrong[0][0]} with {wrong[0][1]}: labels must be class numbers 0, 1, ...")
+    return names, labels, archive.read
 
 
 def fingerprint(path):
@@ -133,11 +132,9 @@ def fingerprint(path):
 
 def read_images(path):
     """(labels or None, N, iterator over N images (C, H, W) uint8) of a folder or an EDM .zip, in the order of their names."""
-    if path.is_dir():
-        (names, labels), read = list_folder(path), lambda name: (path / name).read_bytes()
-    else:
-        archive = zipfile.ZipFile(path)
-        (names, labels), read = list_zip(path, archive), archive.read
+    names, labels, read = (*list_folder(path), lambda n: (path / n).read_bytes()) if path.is_dir() else list_zip(path)
+    if not names:
+        raise UserError(f"no .png or .jpg images in {path}")
     return labels, len(names), decode(names, read, path)
 
 
@@ -205,6 +202,6 @@ def load_data(name, device="cpu", flip=False):
     if name in ("cifar10", "cifar10-test"):
         return TensorData(*decode_once(name, lambda: cifar10(name)), device, flip)
     path = Path(name).absolute()
-    if not (path.is_dir() or zipfile.is_zipfile(path)):
+    if not path.exists():
         raise UserError(f"no data set {name!r}: use digits, cifar10, toy:NAME, a folder of images or a .zip made by EDM's tool")
     return TensorData(*decode_once(fingerprint(path), lambda: read_images(path)), device, flip)
