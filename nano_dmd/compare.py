@@ -36,7 +36,7 @@ def run_once(flags, folder):
     return read_json(folder / "report.json")
 
 
-def compare(preset, rows, seeds, out, jobs=1):
+def compare(preset, rows, seeds, out, jobs=1, first=0):
     """{row: {metric: (mean, spread)}}, spread = standard deviation over seeds; writes compare.json, .txt and .png."""
     try:
         out, flags = Path(out), {row: ["--preset", preset, "--no-control", "--method", *shlex.split(row)] for row in rows}
@@ -48,13 +48,13 @@ def compare(preset, rows, seeds, out, jobs=1):
         resolve(vars(p.parse_args(flags[row])))
     folder = {row: out / folder_name(row) for row in rows}
     with ThreadPoolExecutor(jobs) as pool:
-        first = pool.submit(run_once, [*flags[rows[0]], "--seed", "0"], folder[rows[0]] / "0")
-        first.result()                                            # trains the teacher once, for everybody
+        alone = pool.submit(run_once, [*flags[rows[0]], "--seed", str(first)], folder[rows[0]] / str(first))
+        alone.result()                                            # trains the teacher once, for everybody
         futures = {(row, s): pool.submit(run_once, [*flags[row], "--seed", str(s)], folder[row] / str(s))
-                   for s in range(seeds) for row in rows}
+                   for s in range(first, first + seeds) for row in rows}
         for _ in tqdm(as_completed(futures.values()), total=len(futures), desc="runs"):
             pass
-        reports = {row: [futures[row, s].result() for s in range(seeds)] for row in rows}
+        reports = {row: [futures[row, s].result() for s in range(first, first + seeds)] for row in rows}
     result = {row: summary(found) for row, found in reports.items()}
     for name, values in reports[rows[0]][0]["rows"].items():
         if name in REFERENCES:
@@ -95,13 +95,15 @@ def main(argv=None):
     p = parser("python -m nano_dmd.compare", __doc__)
     p.add_argument("rows", nargs="+", help='a method, or a quoted "method --flag value ..."')
     p.add_argument("--preset", default="digits", help="a line of PRESETS")
-    p.add_argument("--seeds", type=int, default=5, help="runs per row, seeds 0, 1, ...")
+    p.add_argument("--seeds", type=int, default=5, help="runs per row")
+    p.add_argument("--first_seed", type=int, default=0, help="of those runs; take others than the ones settings were tuned on")
     p.add_argument("--jobs", type=int, default=1, help="runs side by side, each in its own process")
     p.add_argument("--out", default="runs/compare", help="folder of the runs and the table")
     args = p.parse_args(argv)
-    if args.seeds < 1 or args.jobs < 1:
-        raise UserError(f"--seeds and --jobs must be at least 1, got {args.seeds} and {args.jobs}")
-    print(as_text(shorten(compare(args.preset, args.rows, args.seeds, args.out, args.jobs))))
+    if args.seeds < 1 or args.jobs < 1 or args.first_seed < 0:
+        raise UserError(f"--seeds and --jobs must be at least 1 and --first_seed at least 0, got {args.seeds}, {args.jobs} "
+                        f"and {args.first_seed}")
+    print(as_text(shorten(compare(args.preset, args.rows, args.seeds, args.out, args.jobs, args.first_seed))))
 
 
 if __name__ == "__main__":

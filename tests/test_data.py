@@ -189,7 +189,7 @@ WRONG = {
     "cut short": (lambda p: spoil(p, lambda b: b[:1000]), "cannot read the image 09.png in .*x"),
     "no image": (lambda p: spoil(p, lambda b: b"hello"), "cannot read the image 09.png in .*x.*cannot identify"),
     "no images": (lambda p: [f.unlink() for f in p.iterdir()], "no .png or .jpg images in .*x"),
-    "no images in a class": (lambda p: (p / "train" / "cat").mkdir(parents=True), "no .png .*x/train: every folder in .*x should"),
+    "no images in a class": (lambda p: (p / "train" / "cat").mkdir(parents=True), "no .png .*x/train: every folder in .*should"),
 }
 
 
