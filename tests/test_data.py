@@ -51,7 +51,7 @@ def write_zip(path, images, labels):
     """EDM's format; labels: those of dataset.json, None for null, ... for no such file."""
     names = [f"{i // 4:05}/img{i:08}.png" for i in range(len(images))]
     with zipfile.ZipFile(path, "w") as f:
-        for name, image in zip(names, images):
+        for name, image in [*zip(names, images)][::-1]:           # names, not the order in the archive, decide
             f.writestr(name, png(image))
         if labels is not ...:
             f.writestr("dataset.json", json.dumps({"labels": labels and list(zip(names, labels))}))
@@ -176,16 +176,15 @@ def test_digits_and_mixtures_are_as_before():
     assert load_data("toy:ring8").shape == (2,)
 
 
-def spoil(path, change):
-    """Put in place of the image 09.png."""
-    file = next(path.rglob("09.png"))
-    file.write_bytes(change(file.read_bytes()))
+def spoil(path, change, pattern="09.png"):
+    for file in path.glob(pattern):
+        file.write_bytes(change(file.read_bytes()))
 
 
 WRONG = {
     "another size": (lambda p: spoil(p, lambda b: png(np.zeros((3, 24, 24), np.uint8))),
                      r"09.png in .*x is 24x24 RGB, 00.png is 32x32 RGB: .*one size"),
-    "not square": (lambda p: spoil(p, lambda b: png(np.zeros((3, 32, 28), np.uint8))), "09.png in .*x is 28x32 RGB.*square"),
+    "not square": (lambda p: spoil(p, lambda b: png(np.zeros((3, 32, 28), np.uint8)), "*"), "00.png in .*x is 28x32 RGB.*square"),
     "cut short": (lambda p: spoil(p, lambda b: b[:1000]), "cannot read the image 09.png in .*x"),
     "no image": (lambda p: spoil(p, lambda b: b"hello"), "cannot read the image 09.png in .*x.*cannot identify"),
     "no images": (lambda p: [f.unlink() for f in p.iterdir()], "no .png or .jpg images in .*x"),
