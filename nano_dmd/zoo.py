@@ -28,7 +28,7 @@ RECIPES = {
     "digits":          dict(network="unet", args=dict(channels=1, classes=10), data="digits", sigma_data=0.75, bf16=True,
                             sigma="lognormal(-1.2,1.2)", steps=1200, batch=128, lr=3e-3, ema=100, label_dropout=0.0),
     "cifar10-small":   dict(network="unet", args=dict(channels=3, classes=10), data="", sigma_data=0.5, bf16=True,
-                            sigma="lognormal(-1.2,1.2)", steps=1500, batch=64, lr=2e-3, ema=100, label_dropout=0.0),
+                            sigma="lognormal(-1.2,1.2)", steps=1000, batch=64, lr=2e-3, ema=100, label_dropout=0.0),
     "cifar10-scratch": dict(network="edm", args=SMALL_EDM, data="", sigma_data=0.5, bf16=True,
                             sigma="lognormal(-1.2,1.2)", steps=20_000, batch=512, lr=1e-3, ema=1000, label_dropout=0.0),
 }
