@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from nano_dmd import evaluate
 from nano_dmd.assemble import Draw, Peek, build, cached_pairs, find_data, find_teacher, machine, pick_device, restore, state
-from nano_dmd.parallel import averaging, first_then_others, leave, share, start
 from nano_dmd.checkpoint import (UserError, append_line, check_writable, command, load_checkpoint, read_json,
                                  remove_leftovers, save_checkpoint, save_tensors, write_atomic, write_json)
 from nano_dmd.data import load_data
@@ -26,6 +25,7 @@ from nano_dmd.dmd_loss import diff_instruct_loss, dmd_loss, regression_loss
 from nano_dmd.fake_score import denoising_loss
 from nano_dmd.gan import gan_critic_loss, gan_generator_loss
 from nano_dmd.generator import update_ema
+from nano_dmd.parallel import averaging, first_then_others, leave, share, start
 from nano_dmd.plot import have_matplotlib, plot_run
 from nano_dmd.presets import (PRESETS, Config, add_config_flags, describe, free_folder, parser,  # noqa: F401 (PRESETS: public)
                               resolve, resolve_resumed)
@@ -217,7 +217,8 @@ def run(cfg, resume=False):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
     saved = load_checkpoint(out / "checkpoint.pt", device) if resume else None
     teacher, nets, opts, draw = prepare(cfg, device)
-    step, seconds, before = restore(saved, nets, opts, draw.rng, out / "checkpoint.pt") if resume else (0, (0.0, 0.0), processes)
+    fresh = (0, (0.0, 0.0), processes)
+    step, seconds, before = restore(saved, nets, opts, draw.rng, out / "checkpoint.pt") if resume else fresh
     share(nets)
     if rank:
         train(cfg, nets, opts, draw, None, out, step, seconds)

@@ -1,7 +1,7 @@
 """Our losses against numbers that the reference implementations of EDM, DMD2 and SiD produced (tests/golden).
 
 Inputs here are the denoisers' outputs, so the losses are tested apart from any network. SiD's gradient passes through
-the networks themselves: it needs EDM's full U-Nets, and is tested when those are part of the package.
+the networks themselves: that, and the networks, are in test_edm.py.
 
 Tolerances: the references are float32 with sums of 3072 terms; we compute in float64 from the same inputs, so 1e-5
 relative is their rounding, not ours.

@@ -14,6 +14,8 @@ from nano_dmd import evaluate, hub, sample, train, zoo
 from nano_dmd.checkpoint import UserError, load_tensors, read_json
 from nano_dmd.dmd_loss import dmd_gradient
 from nano_dmd.edm_networks import edm_network
+from nano_dmd.noise import karras_sigmas, parse_sigma
+from nano_dmd.presets import PRESETS, resolve
 from nano_dmd.sid_loss import sid_integrand
 from nano_dmd.teacher import EDM
 from nano_dmd.tracking import flatten
@@ -69,7 +71,8 @@ def test_evaluate_with_inception(flags, images, tmp_path, monkeypatch, capsys, q
         return {"fid": 12.5, "kid": 0.25}
 
     monkeypatch.setattr(evaluate.fid, "inception_metrics", metrics)
-    argv = [str(tmp_path / "run"), "--metric", "kid,fid", "--n", "7", "--batch", "3", "--inception-weights", "w.pth", "--device", "cpu"]
+    argv = [str(tmp_path / "run"), "--metric", "kid,fid", "--n", "7", "--batch", "3", "--inception-weights", "w.pth",
+            "--device", "cpu"]
     evaluate.main(argv)
     assert "12.5" in capsys.readouterr().out and seen["wanted"] == ["fid", "kid"] and seen["weights"] == "w.pth"
     assert seen["images"].shape == (7, 3, 16, 16) and seen["images"].dtype == torch.uint8 and len(seen["reference"]) == 24
@@ -92,7 +95,8 @@ def test_recomputing_activations_changes_nothing(flags, tmp_path, quick):
     plain, again = trained(flags, tmp_path / "a"), trained(flags, tmp_path / "b", "--checkpointing")
     assert largest_difference(plain, again) <= 1e-6
     with pytest.raises(UserError, match="MLP cannot recompute"):
-        train.main(["--preset", "toy", "--teacher_steps", "5", "--checkpointing", "--device", "cpu", "--out", str(tmp_path / "c")])
+        train.main(["--preset", "toy", "--teacher_steps", "5", "--checkpointing", "--device", "cpu",
+                    "--out", str(tmp_path / "c")])
 
 
 def test_compiled_and_eager_agree(tmp_path, quick):
@@ -127,11 +131,44 @@ def test_bf16_gradients():
         assert half.norm() / full.norm() == pytest.approx(1, abs=0.05)
 
 
+# ---- published settings
+
+
+def test_noise_ranges_are_the_published_ones():
+    """"Timesteps 20..980" on EDM's 1000-entry table (facts of DMD2) is karras(0.0032,72); SiD's tmax = 800 ends at 24.4."""
+    table = karras_sigmas(1000).flip(0)
+    for preset, index in (("cifar10-dmd", (20, 980)), ("imagenet64-dmd2", (20, 980))):
+        _, low, high = parse_sigma(resolve(dict(preset=preset)).dm_sigma)
+        assert table[list(index)].tolist() == pytest.approx([low, high], rel=0.01)
+    t = torch.tensor(0.8, dtype=torch.float64)                                        # SiD sid_loss.py:27-33
+    sigma = (80 ** (1 / 7) + (1 - t) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    assert parse_sigma(resolve(dict(preset="cifar10-sid")).dm_sigma)[2] == pytest.approx(sigma.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", [n for n in PRESETS if n.endswith("64-sid") or n.startswith("cifar10") and n.endswith("d-sid")
+                                  or n == "cifar10-sid"])
+def test_sid_weights_undo_our_means(name):
+    """SiD sums pixels and scales its generator loss by 100: weight 100 CHW on our mean, and CHW on the critic's."""
+    cfg = resolve(dict(preset=name))
+    size = 3 * (64 if "64" in name else 32) ** 2
+    assert (cfg.w_sid, cfg.w_fake) == (100 * size, size)
+
+
+def test_sample_counts_and_averages_are_the_published_ones():
+    """steps * batch in millions of images, and the average's half-life in images: SiD run_sid.sh, DMD appendix B."""
+    for name, millions, half_life in (("cifar10-sid", 800, 0.5), ("cifar10-uncond-sid", 500, 0.5), ("imagenet64-sid", 1000, 2),
+                                      ("ffhq64-sid", 500, 0.5), ("afhqv2-64-sid", 500, 0.5), ("cifar10-dmd", 117.6, 0)):
+        cfg = resolve(dict(preset=name))
+        assert cfg.steps * cfg.batch / 1e6 == pytest.approx(millions, rel=1e-3), name
+        assert cfg.ema * cfg.batch / 1e6 == pytest.approx(half_life, rel=5e-3), name
+
+
 # ---- things from elsewhere, asked for by name
 
 
 def test_flatten():
-    assert flatten({"step": 3, "grad": {"dmd_loss": 2.0}, "mesm": [1.0, None]}) == {"step": 3, "grad/dmd_loss": 2.0, "mesm/0": 1.0}
+    record = {"step": 3, "grad": {"dmd_loss": 2.0}, "mesm": [1.0, None]}
+    assert flatten(record) == {"step": 3, "grad/dmd_loss": 2.0, "mesm/0": 1.0}
 
 
 def test_tensorboard_gets_the_numbers_of_the_log(flags, tmp_path, monkeypatch, quick):
