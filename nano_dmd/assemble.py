@@ -106,8 +106,9 @@ def build(cfg, teacher, device):
     generator, fake = Generator(teacher.net, cfg.sigma_list()), FakeScore(teacher.net)
     for net in (generator.net, fake.net, teacher.net):
         tune(net, cfg)
-    z = torch.zeros(2, *teacher.shape, device=device)
-    discriminator = Discriminator(fake.features(z, z.new_ones(2)).shape[1:]).to(device)
+    z, cond = torch.zeros(2, *teacher.shape, device=device), torch.zeros(2, dtype=torch.long, device=device)
+    features = fake.features(z, z.new_ones(2), cond if teacher.classes else None)
+    discriminator = Discriminator(features.shape[1:]).to(device)
     nets = Nets(RealScore(teacher.denoiser, cfg.guidance), fake, discriminator, generator,
                 copy.deepcopy(generator).requires_grad_(False), teacher.sigma_data)
     if cfg.reg_loss == "lpips" and cfg.method in ("dmd", "regression"):

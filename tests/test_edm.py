@@ -32,15 +32,16 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
-from nano_dmd import edm_checkpoint
+from nano_dmd import edm_checkpoint, train
 from nano_dmd.checkpoint import UserError
 from nano_dmd.dmd_loss import dmd_gradient
 from nano_dmd.edm_blocks import Block, Resample, attend
 from nano_dmd.edm_checkpoint import build_edm, convert, fetch_edm, read_edm_pickle
 from nano_dmd.edm_networks import SongUNet, edm_network
+from nano_dmd.evaluate import load_run
 from nano_dmd.noise import add_noise
 from nano_dmd.sid_loss import sid_integrand
-from nano_dmd.teacher import EDM, edm_loss, heun
+from nano_dmd.teacher import EDM, edm_loss, heun, load_teacher
 from nano_dmd.zoo import read_teacher
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -482,6 +483,20 @@ def test_convert(tmp_path):
                           shape=[1, 8, 8], classes=3, seconds=0, cpu_seconds=0)
     x, c = inputs(net)
     assert torch.equal(denoiser.net(x, c, torch.tensor([0, 1, -1])), net(x, c, torch.tensor([0, 1, -1])))
+
+
+def test_a_pkl_is_a_teacher(tmp_path, quick):
+    """--teacher FILE.pkl: converted once into the cache, distilled, and the run stands alone afterwards."""
+    net, _ = tiny_state()
+    path = dump(snapshot(precond(net, dict(TINY, use_fp16=False))), tmp_path / "edm.pkl")
+    train.main(["--preset", "cifar10", "--method", "sid", "--teacher", str(path), "--batch", "2", "--steps", "1", "--no-bf16",
+                "--device", "cpu", "--out", str(tmp_path / "run")])
+    x, c = inputs(net)
+    assert torch.equal(load_teacher(str(path)).net.net(x, c, None), net(x, c, None))
+    path.unlink()
+    _, teacher, generator = load_run(tmp_path / "run")
+    assert (teacher.shape, teacher.classes) == ((1, 8, 8), 3) and generator.sigmas == (2.5,)
+    assert "no file" in sentence(load_teacher, str(path))
 
 
 # ---- hostile and broken files -----------------------------------------------------------------------------

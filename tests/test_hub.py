@@ -55,15 +55,16 @@ def test_features_are_the_bottleneck(tmp_path):
     assert load_teacher(str(tmp_path)).classes == 4
 
 
-@pytest.mark.parametrize("method", ["dmd", "dmd2", "sid"])
-def test_a_diffusers_model_is_distilled(method, tmp_path, quick):
+@pytest.mark.parametrize("method, changes", [("dmd", {}), ("dmd2", {}), ("sid", {}), ("sid", dict(num_class_embeds=3))])
+def test_a_diffusers_model_is_distilled(method, changes, tmp_path, quick):
     """The same train step as everywhere else; data-free, so no data set need be known."""
-    pipeline(tmp_path / "model")
+    pipeline(tmp_path / "model", **changes)
     train.main(["--preset", "digits", "--method", method, "--teacher", str(tmp_path / "model"), "--out", str(tmp_path / "run"),
                 "--device", "cpu", "--steps", "2", "--batch", "4", "--pairs", "4", "--pair_steps", "2", "--no-control",
                 "--w_gan", "0", "--w_disc", "0"])
     cfg, teacher, generator = load_run(tmp_path / "run")
-    assert generator(torch.randn(1, 2, 1, 8, 8)).shape == (2, 1, 8, 8) and cfg.method == method
+    cond = torch.tensor([0, 2]) if changes else None
+    assert generator(torch.randn(1, 2, 1, 8, 8), cond).shape == (2, 1, 8, 8) and cfg.method == method
 
 
 def test_the_gan_needs_data_by_name(tmp_path, quick):
