@@ -14,11 +14,12 @@ from torch import nn
 from nano_dmd import pictures
 from nano_dmd.checkpoint import UserError, cache_dir, first_line, load_tensors, load_weights, save_tensors
 from nano_dmd.data import load_data
-from nano_dmd.diagnostics import to_floats
+from nano_dmd.diagnostics import LEVELS, to_floats
+from nano_dmd.dmd_loss import dmd_gradient
 from nano_dmd.fake_score import FakeScore
 from nano_dmd.gan import Discriminator
 from nano_dmd.generator import Generator
-from nano_dmd.noise import PROCESS, Batch, rows
+from nano_dmd.noise import PROCESS, Batch, add_noise, rows
 from nano_dmd.real_score import RealScore
 from nano_dmd.teacher import heun, load_teacher, make_pairs
 from nano_dmd.tracking import tracker
@@ -184,6 +185,22 @@ class Peek:
     def save(self, generator, path, beside_teacher=False):
         panels = [self.teacher] * beside_teacher + [generator(self.z, self.cond)]
         pictures.save_picture(path, *[pictures.tile(x, self.columns) for x in panels])
+
+
+    @torch.no_grad()
+    def save_scores(self, nets, path, n=3):
+        """x, xt, d_real, d_fake and DMD's gradient for n samples at each of diagnostics.LEVELS; images only."""
+        if self.z.ndim == 3:                                      # points
+            return
+        z, cond = self.z[:, :: self.columns][:, :n], None if self.cond is None else self.cond[:: self.columns][:n]
+        x = nets.generator(z, cond)
+        noise, seen = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x), []
+        for level in LEVELS:
+            sigma = x.new_full(x.shape[:1], level)
+            xt = add_noise(x, sigma, noise)
+            d_real, d_fake = nets.real(xt, sigma, cond), nets.fake(xt, sigma, cond)
+            seen.append((x, xt, d_real, d_fake, dmd_gradient(x, d_real, d_fake)))
+        pictures.save_picture(path, pictures.score_grid(seen))
 
 
 def state(cfg, step, seconds, nets, opts, rng):

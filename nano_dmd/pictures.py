@@ -27,6 +27,19 @@ def tile(x, columns, scale=4):
     return grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
 
 
+def score_grid(rows, scale=4):
+    """What the scores see, one row of images for each noise level: [(x, xt, d_real, d_fake, g), ...] -> (3, H', W').
+
+    Each is (n, C, H, W); samples stand side by side, five pictures each. xt is shown over its own range, the gradient g
+    around grey, over three of its standard deviations.
+    """
+    def shown(x, xt, d_real, d_fake, g):
+        xt, g = xt / xt.abs().amax((1, 2, 3), keepdim=True), g / (3 * g.std((1, 2, 3), keepdim=True) + 1e-12)
+        return torch.stack([x, xt, d_real, d_fake, g], 1).flatten(0, 1)               # (5 n, C, H, W)
+
+    return tile(torch.cat([shown(*row) for row in rows]), columns=5 * len(rows[0][0]), scale=scale)
+
+
 def save_picture(path, *panels):
     """Write (3, H, W) panels side by side, a white gap between them."""
     from torchvision.transforms.functional import to_pil_image

@@ -97,7 +97,7 @@ PRESETS = {
     "toy":               dict(teacher="toy:ring8", method="dmd2", sigmas="1", batch=512, threads=1, steps=6000, lr_generator=2e-3, lr_critic=1e-3, warmup=100, decay_from=0.0, clip=0, ema=500, dm_sigma="lognormal(-1.4,1.2)", critic_sigma="lognormal(-1.2,1.4)", gan_sigma="lognormal(-1.4,1.2)", log_every=100, sample_every=250, save_every=1000, pairs=100_000, pair_steps=64, pair_sigma=20),
     "toy-dmd":           dict(),
     "toy-dmd2":          dict(steps=9000, lr_generator=1.05e-3, lr_critic=2e-3, decay_from=0.5),
-    "toy-sid":           dict(steps=8500, lr_generator=1.5e-3, lr_critic=2e-3, decay_from=0.4, normalise=False, beta2=0.999, dm_sigma="lognormal(-1.8,1.2)"),
+    "toy-sid":           dict(steps=9000, lr_critic=2e-3, normalise=False, beta2=0.999, dm_sigma="lognormal(-1.8,1.2)"),
     "toy-diff_instruct": dict(),
     "toy-regression":    dict(),
     # 8x8 digits, two CPU cores: about a minute each.

@@ -149,6 +149,7 @@ def train(cfg, nets, opts, draw, peek, out, step=0, seconds=(0.0, 0.0)):
             report_progress(record, peek.reference, bar)
         if done % cfg.sample_every == 0 or last:
             peek.save(nets.ema, out / "samples" / f"{done:06d}.png")
+            peek.save_scores(nets, out / "scores" / f"{done:06d}.png")
         if done % cfg.save_every == 0 or last:
             history = check_finite(history, nets)
             save_checkpoint(out / "checkpoint.pt", state(cfg, done, clock.read(), nets, opts, draw.rng))

@@ -7,10 +7,11 @@ import types
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
-from nano_dmd import evaluate, hub, sample, train, zoo
+from nano_dmd import evaluate, hub, pictures, sample, train, zoo
 from nano_dmd.checkpoint import UserError, load_tensors, read_json
 from nano_dmd.dmd_loss import dmd_gradient
 from nano_dmd.edm_networks import edm_network
@@ -57,8 +58,24 @@ def test_a_run_on_a_folder_of_images(flags, tmp_path, monkeypatch):
     assert list(rows) == ["real halves", "teacher", "dmd2"] and rows["dmd2"]["NFE"] == 2
     assert all(np.isfinite(row["fixed_fd"]) and row["fixed_fd"] > 0 for row in rows.values())
     assert read_json(run / "teacher.json")["shape"] == [3, 16, 16]
+    with Image.open(run / "scores" / "000004.png") as picture:    # 5 noise levels of 2 samples (2 classes) of 5 images
+        assert picture.size == (4 * (10 * 17 + 1), 4 * (5 * 17 + 1))
     sample.main([str(run), "--n", "6", "--class", "1", "--out", str(tmp_path / "x.npy"), "--device", "cpu"])
     assert np.load(tmp_path / "x.npy").shape == (6, 3, 16, 16)
+
+
+def test_score_grid_shows_what_it_says():
+    """One pixel per image, one sample, two noise levels: x, xt over its largest value, d_real, d_fake, g over 3 std."""
+    def image(*values):
+        return torch.tensor(values).view(1, 1, 1, 2)
+
+    row = image(0.5, -0.5), image(4.0, -2.0), image(0.0, 1.0), image(-1.0, 0.0), image(1.0, -1.0)
+    grid = pictures.score_grid([row, row], scale=1)               # (3, H, W) in [0, 1], one grey pixel between images
+    shown = torch.stack([grid[0, 1, 3 * i + 1 : 3 * i + 3] for i in range(5)])
+    std = 2**0.5                                                  # of (1, -1), unbiased
+    expected = torch.tensor([[0.5, -0.5], [1.0, -0.5], [0.0, 1.0], [-1.0, 0.0], [1 / (3 * std), -1 / (3 * std)]])
+    torch.testing.assert_close(2 * shown - 1, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(grid[:, 1], grid[:, 3])
 
 
 def test_evaluate_with_inception(flags, images, tmp_path, monkeypatch, capsys, quick):

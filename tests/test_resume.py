@@ -101,9 +101,9 @@ def result(out):
     saved = load_checkpoint(out / "checkpoint.pt")
     state = leaves({k: saved[k] for k in ("step", "nets", "rng", "opts")})
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    files = [out / "generator.safetensors", out / "teacher.safetensors", *sorted((out / "samples").iterdir())]
+    files = [out / "generator.safetensors", out / "teacher.safetensors", *sorted(out.glob("s*/*.png"))]
     return dict(state, log=[{k: v for k, v in line.items() if k != "seconds"} for line in log],
-                **{f.name: f.read_bytes() for f in files})
+                **{str(f.relative_to(out)): f.read_bytes() for f in files})
 
 
 def differences(a, b):
