@@ -78,7 +78,7 @@ def find_data(cfg, teacher, device, needed=False):
     if not name and needed:
         raise UserError(f"{cfg.method} with these settings needs real data, and that of {cfg.teacher} is not known: give --data")
     data = load_data(name, device, cfg.flip) if name else None
-    if data and data.classes and not teacher.classes:
+    if data and data.classes and not teacher.classes and data.shape == teacher.shape:
         data = data.unlabelled()
     if data and (data.shape, data.classes) != (teacher.shape, teacher.classes):
         raise UserError(f"--data {name} has samples of shape {data.shape} in {data.classes} classes, "

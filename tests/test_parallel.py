@@ -63,14 +63,14 @@ def assert_close(a, b, atol):
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol, msg=lambda m: f"{name}: {m}")
 
 
-SHORT = ["--steps", "6", "--save_every", "3", "--batch", "16", "--no-bf16"]
+SHORT = ["--steps", "6", "--save_every", "3", "--batch", "16", "--no-bf16", "--lr_generator", "5e-4", "--lr_critic", "5e-4"]
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_are_one_with_the_joint_batch(name, tmp_path):
     """Weights agree to 1e-6 after 6 updates of generator and critic: same batches, same noise, averaged gradients.
 
-    beta2 = 0.99 and gradients of order 1 keep Adam from blowing rounding errors up.
+    The small rates matter: Adam divides by gradients that are themselves rounding errors where they should be 0.
     """
     one = train_with(1, tmp_path / "one", *RUNS[name], *SHORT)
     two = train_with(2, tmp_path / "two", *RUNS[name], *SHORT)
