@@ -62,7 +62,8 @@ def compare(preset, rows, seeds, out, jobs=1, first=0):
     write_atomic(out / "compare.json", json.dumps(result, indent=1).encode())
     write_atomic(out / "compare.txt", (as_text(shorten(result)) + "\n").encode())
     if have_matplotlib():
-        shown = [m for m in ("fd", "recall", "sw2", "in3", "weight_error") if all(m in result[row] for row in rows)]
+        known = ("fd", "recall", "sw2", "in3", "weight_error", "fixed_fd", "fixed_recall", "CPU s")
+        shown = [m for m in known if all(m in result[row] for row in rows)][:3]
         save_figure(comparison(shorten(result), shown), out / "compare.png")
     return result
 

@@ -17,6 +17,7 @@ others  fixed_fd, fixed_precision, fixed_recall   stand-ins without a download, 
 import functools
 import time
 from pathlib import Path
+from statistics import mean, stdev
 
 import numpy as np
 import torch
@@ -238,14 +239,22 @@ def load_run(folder, device="cpu"):
 
 
 def inception_rows(cfg, teacher, generator, args, device):
-    """{method: metrics on Inception features} of args.n images from seeds 0, 1, ...; see fid.py."""
+    """{method: mean, "spread": standard deviation} of metrics on Inception features over args.repeats sets of args.n images.
+
+    Set r comes from seeds r n, r n + 1, ...; see fid.py.
+    """
     reference = args.reference or cfg.data or teacher.data
     if not reference:
         raise UserError(f"the data set of {args.run} is not known: name one, or an .npz of EDM's, with --reference")
     reference = reference if reference.endswith(".npz") else load_data(reference, device)
-    made = fid.generate(generator, range(args.n), teacher.shape, teacher.classes, len(generator.sigmas), device, args.batch)
-    metrics = [m for m in fid.METRICS if m in args.metric.split(",")]
-    return {cfg.method: fid.inception_metrics(made, reference, metrics, device, args.inception_weights)}
+    wanted, found = [m for m in fid.METRICS if m in args.metric.split(",")], []
+    for r in range(args.repeats):
+        made = fid.generate(generator, range(r * args.n, (r + 1) * args.n), teacher.shape, teacher.classes,
+                            len(generator.sigmas), device, args.batch)
+        found.append(fid.inception_metrics(made, reference, wanted, device, args.inception_weights))
+    values = {m: [f[m] for f in found] for m in wanted}
+    spread = {"spread": {m: stdev(v) for m, v in values.items()}} if args.repeats > 1 else {}
+    return {cfg.method: {m: mean(v) for m, v in values.items()}} | spread
 
 
 def main(argv=None):
@@ -254,13 +263,14 @@ def main(argv=None):
     p.add_argument("--metric", help=f"print this metric alone, e.g. sw2; or some of {','.join(fid.METRICS)} (Inception)")
     p.add_argument("--draws", type=int, default=5, help="independent sample sets to average over")
     p.add_argument("--n", type=int, default=50_000, help="samples for metrics on Inception features; papers use 50000")
+    p.add_argument("--repeats", type=int, default=1, help="sets of --n samples for those metrics; several give a spread")
     p.add_argument("--batch", type=int, default=250, help="samples made at once for those metrics")
     p.add_argument("--reference", help="for those metrics: an .npz of EDM's fid-refs, or a data set (default: the run's)")
     p.add_argument("--inception-weights", help="torch-fidelity's Inception weights (default: downloaded once)")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda")
     args = p.parse_args(argv)
     device = pick_device(args.device)
-    for name, least in dict(draws=1, n=2, batch=1).items():
+    for name, least in dict(draws=1, n=2, batch=1, repeats=1).items():
         if getattr(args, name) < least:
             raise UserError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     cfg, teacher, generator = load_run(args.run, device)

@@ -93,8 +93,10 @@ def test_evaluate_with_inception(flags, images, tmp_path, monkeypatch, capsys, q
     evaluate.main(argv)
     assert "12.5" in capsys.readouterr().out and seen["wanted"] == ["fid", "kid"] and seen["weights"] == "w.pth"
     assert seen["images"].shape == (7, 3, 16, 16) and seen["images"].dtype == torch.uint8 and len(seen["reference"]) == 24
-    evaluate.main([*argv, "--reference", "stats.npz"])
-    assert seen["reference"] == "stats.npz"
+    first = seen["images"]
+    evaluate.main([*argv, "--reference", "stats.npz", "--repeats", "2"])
+    assert seen["reference"] == "stats.npz" and "spread" in capsys.readouterr().out
+    assert len(seen["images"]) == 7 and not torch.equal(seen["images"], first)        # the second set has its own seeds
     assert str(images) == read_json(tmp_path / "run" / "config.json")["data"]
 
 

@@ -103,6 +103,15 @@ def test_compare_reuses_finished_runs_and_reports_the_spread(tmp_path, monkeypat
     assert not (tmp_path / "typo").exists()
 
 
+@pytest.mark.parametrize("metrics", [{"fixed_fd": 0.6, "fixed_recall": 0.5}, {}])
+def test_compare_draws_what_there_is(metrics, tmp_path, monkeypatch):
+    """Natural images have metrics of their own, and a run without data has none: a figure all the same."""
+    report = dict(rows={"sid": dict(metrics, NFE=1)}, cpu_seconds=1.0, seconds=2.0)
+    monkeypatch.setattr(compare, "run_once", lambda flags, folder: report)
+    compare.compare("digits", ["sid"], 2, tmp_path)
+    assert (tmp_path / "compare.png").stat().st_size > 1000
+
+
 def test_flags_that_all_rows_share_are_not_repeated():
     values = {"fd": (1.0, 0.0)}
     result = {"dmd2 --alpha 1 --critic_steps 1": values, "dmd2 --critic_steps 5 --alpha 1": values, "teacher": values}
