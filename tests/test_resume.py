@@ -67,6 +67,7 @@ def die_at(moment, number):
 
 def work(argv, moment, number):
     """The body of a child process."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)      # a suite started in the background ignores Ctrl-C
     torch.set_num_threads(1)
     skip_evaluation(setattr)
     if moment:
