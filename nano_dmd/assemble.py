@@ -69,15 +69,16 @@ def find_teacher(cfg, device):
     return teacher
 
 
-def find_data(cfg, teacher, device, needed=False):
+def find_data(cfg, teacher, device, needed=False, data=None):
     """Real data that fits the teacher: what cfg.data says, else what the teacher was trained on here, else None.
 
-    needed  a published teacher's data is looked for as well.  raises UserError if there is none, or it does not fit
+    needed  a published teacher's data is looked for as well; data  what cfg.data names, if it is loaded already
+    raises UserError if there is none, or it does not fit
     """
     name = cfg.data or (teacher.data if needed or teacher.recipe["seconds"] else "")
     if not name and needed:
         raise UserError(f"{cfg.method} with these settings needs real data, and that of {cfg.teacher} is not known: give --data")
-    data = load_data(name, device, cfg.flip) if name else None
+    data = data or (load_data(name, device, cfg.flip) if name else None)
     if data and data.classes and not teacher.classes and data.shape == teacher.shape:
         data = data.unlabelled()
     if data and (data.shape, data.classes) != (teacher.shape, teacher.classes):

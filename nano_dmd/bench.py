@@ -28,7 +28,7 @@ def bench(cfg, repeats):
     device = pick_device(cfg.device)
     _, nets, opts, draw = prepare(cfg, device)
     batch = draw()
-    denoiser, c_noise = nets.generator.net, torch.zeros(cfg.batch, device=device)
+    denoiser, c_noise = nets.generator.net, torch.zeros(batch.z.shape[1], device=device)
     bare = torch.int64 if isinstance(denoiser, FromEps) else torch.float32            # these count timesteps
 
     def net_forward():

@@ -189,10 +189,11 @@ def prepare(cfg, device):
     weights = [w for w, _ in METHODS[cfg.method].generator]
     if not any(getattr(cfg, w) for w in weights):
         raise UserError(f"{cfg.method} has nothing to minimise: give one of {', '.join('--' + w for w in weights)} a weight")
-    if cfg.data:
-        load_data(cfg.data, device)                               # a typo shows before a teacher is trained
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
+    data = load_data(cfg.data, device, cfg.flip) if cfg.data else None      # a typo shows before a teacher is trained
     teacher = first_then_others(lambda: find_teacher(cfg, device))
-    data = find_data(cfg, teacher, device, needs_data(cfg))
+    data = find_data(cfg, teacher, device, needs_data(cfg), data)
     regress = cfg.w_reg and "w_reg" in weights
     pairs = first_then_others(lambda: cached_pairs(cfg, teacher, device)) if regress else None
     nets, opts = build(cfg, teacher, device)
@@ -214,8 +215,6 @@ def run(cfg, resume=False):
     check_writable(out)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
     saved = load_checkpoint(out / "checkpoint.pt", device) if resume else None
     teacher, nets, opts, draw = prepare(cfg, device)
     fresh = (0, (0.0, 0.0), processes)

@@ -35,7 +35,7 @@ RECIPES = {
 # fmt: on
 
 
-def build(recipe, weights=None):
+def build(recipe):
     """The untrained Denoiser of a recipe.  raises KeyError, TypeError or ValueError if it does not describe one."""
     kind, args = recipe["network"], recipe["args"]
     if kind == "diffusers":

@@ -224,6 +224,7 @@ def test_regression_loss_by_another_distance():
     nets = SimpleNamespace(generator=lambda z, cond: 2 * z[0], lpips=lambda a, b: (a - b).abs()[:, 0])
     batch = Batch(z=None, pair_z=tensor([[1.0], [3.0]]), pair_x=tensor([1.0], [3.0]))
     assert_close(regression_loss(None, nets, batch, config(reg_loss="lpips")), tensor(2.0)[0], **EXACT)
+    assert_close(batch.seen["regression_loss"][1], tensor(1.0, 3.0), **EXACT)         # reported sample by sample
 
 
 def test_denoising_loss_by_hand():

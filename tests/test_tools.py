@@ -88,6 +88,12 @@ def test_bench_has_every_method_and_part(capsys):
     assert all(float(v) > 0 for line in lines[2:] for v in line.split()[2:])
 
 
+def test_bench_of_a_batch_in_parts(private_cache):
+    """--accumulate: the bare network is timed on a part, as the generator is (it once got the whole batch's noise levels)."""
+    cfg = presets.resolve(dict(preset="toy", method="sid", teacher_steps=5, batch=32, accumulate=2, device="cpu"))
+    assert bench.bench(cfg, 1)["net forward ms"] > 0
+
+
 def test_compare_reuses_finished_runs_and_reports_the_spread(tmp_path, monkeypatch):
     """Mean and standard deviation over seeds, by hand; nothing runs twice; a typo is found before anything runs."""
     rows = ["sid --teacher_steps 30 --steps 2 --batch 16"]
