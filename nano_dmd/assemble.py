@@ -1,24 +1,26 @@
 """What a run needs around its steps: device, nets, optimisers, data, pictures of progress, and its saved state."""
 
-import copy
 import hashlib
 import os
 import platform
 import sys
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Callable
 
 import torch
 from torch import nn
 
 from nano_dmd import pictures
-from nano_dmd.checkpoint import UserError, cache_dir, first_line, load_tensors, load_weights, save_tensors
+from nano_dmd.checkpoint import (UserError, cache_dir, first_line, load_checkpoint, load_tensors, load_weights, own_state,
+                                 save_tensors)
 from nano_dmd.data import load_data
 from nano_dmd.diagnostics import LEVELS, to_floats
 from nano_dmd.dmd_loss import dmd_gradient
 from nano_dmd.fake_score import FakeScore
 from nano_dmd.gan import Discriminator
 from nano_dmd.generator import Generator
+from nano_dmd.lora import sharing_copy
 from nano_dmd.noise import PROCESS, Batch, add_noise, rows
 from nano_dmd.real_score import RealScore
 from nano_dmd.teacher import heun, load_teacher, make_pairs
@@ -78,6 +80,10 @@ def find_data(cfg, teacher, device, needed=False, data=None):
     name = cfg.data or (teacher.data if needed or teacher.recipe["seconds"] else "")
     if not name and needed:
         raise UserError(f"{cfg.method} with these settings needs real data, and that of {cfg.teacher} is not known: give --data")
+    if name and is_latent(teacher):
+        from nano_dmd.stable_diffusion import Latents
+
+        return Latents(teacher.recipe["source"], name, teacher.shape, device)
     data = data or (load_data(name, device, cfg.flip) if name else None)
     if data and data.classes and not teacher.classes and data.shape == teacher.shape:
         data = data.unlabelled()
@@ -87,40 +93,103 @@ def find_data(cfg, teacher, device, needed=False, data=None):
     return data
 
 
-def cached_pairs(cfg, teacher, device):
-    """{"z", "x"[, "cond"]} noise-image pairs of this teacher, from the cache if they were made before."""
-    source = weights_digest(teacher.net) if teacher.denoiser is teacher.net else cfg.teacher
+def is_latent(teacher):
+    """Stable Diffusion: x are latents, cond are text embeddings."""
+    return "source" in (teacher.recipe or {})
+
+
+def find_prompts(cfg, teacher):
+    """The Prompts to train on, None for a teacher without text.  raises UserError if there are none but should be."""
+    if not is_latent(teacher):
+        return None
+    from nano_dmd.stable_diffusion import read_prompts
+
+    if not cfg.prompts:
+        raise UserError(f"{cfg.teacher} listens to text: give a file with one prompt to a line, --prompts FILE")
+    return read_prompts(teacher.recipe["source"], cfg.prompts)
+
+
+def cached_pairs(cfg, teacher, device, prompts=None):
+    """{"z", "x"[, "cond"]} noise-image pairs of the guided teacher, from the cache if they were made before.
+
+    cond is a class, or the number of a prompt.
+    """
+    shared = teacher.denoiser is teacher.net and not is_latent(teacher)
+    source = [weights_digest(teacher.net) if shared else cfg.teacher] + ([prompts.texts, cfg.guidance] if prompts else [])
+    source = source[0] if len(source) == 1 else source
     key = hashlib.sha256(f"{cfg.pairs} {cfg.pair_steps} {cfg.pair_sigma} {source}".encode()).hexdigest()[:10]
     path = cache_dir() / f"pairs-{key}.safetensors"
     if not path.exists():
         rng = torch.Generator().manual_seed(0)
         z = torch.randn(cfg.pairs, *teacher.shape, generator=rng).to(device)
-        cond = torch.randint(teacher.classes, (cfg.pairs,), generator=rng).to(device) if teacher.classes else None
-        batch = 10_000 if len(teacher.shape) == 1 else 500
-        x = make_pairs(teacher.denoiser, z, cond, batch, steps=cfg.pair_steps, sigma_max=cfg.pair_sigma)
-        save_tensors(path, {"z": z, "x": x} | ({"cond": cond} if teacher.classes else {}))
+        kinds = len(prompts) if prompts else teacher.classes
+        cond = torch.randint(kinds, (cfg.pairs,), generator=rng).to(device) if kinds else None
+        batch = 10_000 if len(teacher.shape) == 1 else 8 if prompts else 500
+        args = dict(steps=cfg.pair_steps, sigma_min=teacher.sigmas[0], sigma_max=min(cfg.pair_sigma, teacher.sigmas[1]))
+        x = make_pairs(guided_by(teacher, cfg, prompts), z, cond, batch, **args)
+        save_tensors(path, {"z": z, "x": x} | ({"cond": cond} if kinds else {}))
     return {k: v.to(device) for k, v in load_tensors(path).items()}
+
+
+def guided_by(teacher, cfg, prompts=None):
+    """The teacher as pairs and pictures ask it: guided for text, where cond is the number of a prompt."""
+    if not prompts:
+        return teacher.denoiser
+    real = RealScore(teacher.denoiser, cfg.guidance)
+    return lambda x, sigma, cond: real(x, sigma, prompts[cond].to(x.device))
 
 
 def build(cfg, teacher, device):
     """(Nets, {"generator", "critic"} optimisers) of a fresh run."""
     torch.manual_seed(cfg.seed)                                   # from here on, cached teacher or not is the same
-    generator, fake = Generator(teacher.net, cfg.sigma_list()), FakeScore(teacher.net)
+    generator = Generator(teacher.net, cfg.sigma_list(), cfg.lora_generator, cfg.unit_noise)
+    fake = FakeScore(teacher.net, cfg.lora_critic, cfg.fake_guidance)
     for net in (generator.net, fake.net, teacher.net):
         tune(net, cfg)
+    if cfg.half_frozen:                                           # in place: copies that share these weights follow
+        halve(teacher.net)
     z, cond = torch.zeros(2, *teacher.shape, device=device), torch.zeros(2, dtype=torch.long, device=device)
-    features = fake.features(z, z.new_ones(2), cond if teacher.classes else None)
-    discriminator = Discriminator(features.shape[1:]).to(device)
-    nets = Nets(RealScore(teacher.denoiser, cfg.guidance), fake, discriminator, generator,
-                copy.deepcopy(generator).requires_grad_(False), teacher.sigma_data)
+    with torch.no_grad():
+        features = fake.features(z, z.new_ones(2), cond if teacher.classes else None)
+    discriminator = Discriminator(features.shape[1:]).to(device) if cfg.w_disc or not is_latent(teacher) else torch.nn.Identity()
+    ema = sharing_copy(generator).requires_grad_(False) if cfg.ema or not is_latent(teacher) else generator
+    nets = Nets(RealScore(teacher.denoiser, cfg.guidance), fake, discriminator, generator, ema, teacher.sigma_data)
     if cfg.reg_loss == "lpips" and cfg.method in ("dmd", "regression"):
         from nano_dmd.hub import lpips
 
         nets.lpips = lpips(device)
-    adam = dict(betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
-    opts = {"generator": torch.optim.AdamW(generator.parameters(), **adam),
-            "critic": torch.optim.AdamW([*fake.parameters(), *discriminator.parameters()], **adam)}
+    if cfg.init:
+        begin_from(cfg.init, nets, device)
+    opts = {"generator": optimiser(generator.parameters(), cfg),
+            "critic": optimiser([*fake.parameters(), *discriminator.parameters()], cfg)}
     return nets, opts
+
+
+def begin_from(folder, nets, device):
+    """Load generator and fake score of another run of the same networks (its checkpoint.pt)."""
+    path = Path(folder) / "checkpoint.pt"
+    saved = load_checkpoint(path, device).get("nets", {})
+    for name in ("generator", "fake", "ema"):
+        load_weights(getattr(nets, name), saved.get("generator" if name == "ema" else name, {}), path)
+
+
+def optimiser(parameters, cfg):
+    """AdamW on what is trained among them; its two moments take 8 bytes a weight, 2 with cfg.adam8bit (bitsandbytes)."""
+    args = dict(betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
+    trained = [p for p in parameters if p.requires_grad]
+    if not cfg.adam8bit:
+        return torch.optim.AdamW(trained, **args, fused=True)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except (ImportError, RuntimeError) as e:
+        raise UserError(f"--adam8bit needs bitsandbytes ({first_line(e)}): pip install bitsandbytes, or leave it out") from e
+    return AdamW8bit(trained, **args)
+
+
+def halve(denoiser):
+    """Keep a frozen network's weights in bfloat16; the adapter's noise table stays float32."""
+    for p in denoiser.net.parameters():
+        p.data = p.data.bfloat16()
 
 
 def tune(denoiser, cfg):
@@ -141,8 +210,9 @@ class Draw:
     stream) never changes the order of the data.
     """
 
-    def __init__(self, cfg, teacher, data, pairs, rng, device):
+    def __init__(self, cfg, teacher, data, pairs, rng, device, prompts=None):
         self.cfg, self.teacher, self.data, self.pairs, self.rng, self.device = cfg, teacher, data, pairs, rng, device
+        self.prompts = prompts
         self.k, self.latest = len(cfg.sigma_list()), None
 
     def integers(self, high, n):
@@ -154,10 +224,23 @@ class Draw:
             return self.data.sample(n, self.rng)
         return [None if v is None else rows(lambda _: v, n) for v in self.data.sample(PROCESS["count"] * n, self.rng)]
 
+    def cond(self, index):
+        """What the networks are told: the class itself, or the embeddings of that prompt."""
+        return self.prompts[index].to(self.device, non_blocking=True) if self.prompts else index
+
+    def dropped(self, cond, n):
+        """cond (n, ...) with a share cfg.critic_dropout replaced by "no class" or the empty prompt."""
+        drop = rows(lambda n: torch.rand(n, generator=self.rng) < self.cfg.critic_dropout, n).to(self.device)
+        empty = self.teacher.net.net.empty.to(cond) if self.prompts else torch.full_like(cond, -1)
+        return torch.where(drop.reshape(-1, *[1] * (cond.ndim - 1)), empty, cond)
+
     def __call__(self):
         cfg, classes, n = self.cfg, self.teacher.classes, self.cfg.batch // (PROCESS["count"] * self.cfg.accumulate)
         z = rows(lambda n: torch.randn(n, self.k, *self.teacher.shape, device=self.device), n).transpose(0, 1)
-        batch = self.latest = Batch(z, self.integers(classes, n) if classes else None)
+        kinds = len(self.prompts) if self.prompts else classes
+        batch = self.latest = Batch(z, self.cond(self.integers(kinds, n)) if kinds else None)
+        if cfg.critic_dropout and kinds:
+            batch.fake_cond = self.dropped(batch.cond, n)
         if self.k > 1:
             batch.step = int(torch.randint(self.k, (), generator=self.rng))
             if not cfg.backward_simulation:
@@ -167,31 +250,43 @@ class Draw:
         if self.pairs:
             index = self.integers(len(self.pairs["z"]), n)
             batch.pair_z, batch.pair_x = self.pairs["z"][index][None], self.pairs["x"][index]
-            batch.pair_cond = self.pairs["cond"][index] if classes else None
+            batch.pair_cond = self.cond(self.pairs["cond"][index]) if "cond" in self.pairs else None
         return batch
 
 
 class Peek:
     """Fixed noise, the teacher's answer to it, and pictures and numbers of the generator's answer over time."""
 
-    def __init__(self, teacher, cfg, out, device, columns=8):
+    def __init__(self, teacher, cfg, out, device, columns=8, prompts=None):
         rng, classes = torch.Generator().manual_seed(0), min(teacher.classes, 16)
-        n = 20_000 if len(teacher.shape) == 1 else (classes or columns) * columns
+        n = 20_000 if len(teacher.shape) == 1 else columns // 2 if prompts else (classes or columns) * columns
         self.z = torch.randn(len(cfg.sigma_list()), n, *teacher.shape, generator=rng).to(device)
         self.cond = torch.arange(classes, device=device).repeat_interleave(columns) if classes else None
-        self.columns, self.teacher, self.send = columns, heun(teacher.denoiser, self.z[0], self.cond), tracker(cfg, out)
+        self.columns, self.send, self.decode = n if prompts else columns, tracker(cfg, out), teacher.decode
+        if prompts:                                               # the first four, one sample each
+            index = torch.arange(n, device=device) % len(prompts)
+            sample = guided_by(teacher, cfg, prompts)
+            self.cond = prompts[index].to(device)
+            self.teacher = heun(sample, self.z[0], index, sigma_min=teacher.sigmas[0], sigma_max=teacher.sigmas[1])
+        else:
+            self.teacher = heun(teacher.denoiser, self.z[0], self.cond)
         self.reference = to_floats(dict(x_std=self.teacher.std(), spread=self.teacher.std(0).mean()))
 
     @torch.no_grad()
     def save(self, generator, path, beside_teacher=False):
         panels = [self.teacher] * beside_teacher + [generator(self.z, self.cond)]
-        pictures.save_picture(path, *[pictures.tile(x, self.columns) for x in panels])
+        pictures.save_picture(path, *[self.tile(x) for x in panels])
 
+    def tile(self, x):
+        """One picture of samples; of latents without a decoder, three of their four channels."""
+        if self.decode:
+            return pictures.tile(self.decode(x), self.columns, scale=1)
+        return pictures.tile(x[:, :3] if x.ndim == 4 and x.shape[1] == 4 else x, self.columns)
 
     @torch.no_grad()
     def save_scores(self, nets, path, n=3):
         """x, xt, d_real, d_fake and DMD's gradient for n samples at each of diagnostics.LEVELS; images only."""
-        if self.z.ndim == 3:                                      # points
+        if self.z.ndim == 3 or self.z.shape[2] == 4:              # points and latents
             return
         z, cond = self.z[:, :: self.columns][:, :n], None if self.cond is None else self.cond[:: self.columns][:n]
         x = nets.generator(z, cond)
@@ -206,7 +301,7 @@ class Peek:
 
 def state(cfg, step, seconds, nets, opts, rng):
     """Everything a resumed run needs to go on to the bit.  All processes share one random state, so one saves it."""
-    modules = {name: getattr(nets, name).state_dict() for name in ("fake", "discriminator", "generator", "ema")}
+    modules = {name: own_state(getattr(nets, name)) for name in ("fake", "discriminator", "generator", "ema")}
     cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
     return dict(config=asdict(cfg), step=step, seconds=list(seconds), nets=modules, processes=PROCESS["count"],
                 rng=[torch.get_rng_state(), cuda, rng.get_state()],

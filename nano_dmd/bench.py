@@ -9,7 +9,7 @@ peak is the share of the matrix-multiplication speed measured on this machine in
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nano_dmd.assemble import machine, pick_device
+from nano_dmd.assemble import is_latent, machine, pick_device
 from nano_dmd.checkpoint import UserError, command
 from nano_dmd.evaluate import median_seconds, table
 from nano_dmd.presets import add_config_flags, parser, resolve
@@ -26,7 +26,7 @@ def matmul_flops(device, bf16, n=1536, repeats=10):
 def bench(cfg, repeats):
     """{part: milliseconds, ...} of one method on cfg.device."""
     device = pick_device(cfg.device)
-    _, nets, opts, draw = prepare(cfg, device)
+    teacher, nets, opts, draw = prepare(cfg, device)
     batch = draw()
     denoiser, c_noise = nets.generator.net, torch.zeros(batch.z.shape[1], device=device)
     bare = torch.int64 if isinstance(denoiser, FromEps) else torch.float32            # these count timesteps
@@ -59,8 +59,18 @@ def bench(cfg, repeats):
     with FlopCounterMode(display=False) as counter:
         step()
     share = counter.get_total_flops() / parts["whole step"] / matmul_flops(device, cfg.bf16)
+    if is_latent(teacher):
+        parts |= latency(nets, batch, repeats)
     return {f"{k} ms": 1000 * v for k, v in parts.items()} | {
         "images/s": cfg.batch / parts["whole step"], "peak %": 100 * share, "memory MiB": machine(device)["peak_memory_mib"]}
+
+
+@torch.no_grad()
+def latency(nets, batch, repeats, calls=50):
+    """Seconds of one image by the student, and by the teacher it replaces: `calls` times one guided call, measured."""
+    z, cond, sigma = batch.z[:, :1], batch.cond[:1], batch.z.new_ones(1)
+    guided = median_seconds(lambda: nets.real(z[0], sigma, cond), z.device, repeats)
+    return {"one image": median_seconds(lambda: nets.generator(z, cond), z.device, repeats), f"{calls} guided": calls * guided}
 
 
 def main(argv=None):

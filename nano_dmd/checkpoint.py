@@ -27,7 +27,8 @@ def command(main):
     except Exception as e:
         if not out_of_memory(e):
             raise
-        sys.exit(_complain(f"out of memory ({first_line(e)}); try a smaller --batch"))
+        sys.exit(_complain(f"out of memory ({first_line(e)}); try a smaller --batch or, with the same result, a "
+                           "larger --accumulate; --checkpointing, --lora_critic 64 and --adam8bit help large networks"))
     except KeyboardInterrupt:
         print("\nstopped; a training run goes on from its last checkpoint with --resume", file=sys.stderr)
         sys.exit(130)
@@ -138,15 +139,21 @@ def load_tensors(path):
         raise UserError(f"cannot read {path}: {first_line(e)}; delete it to have it made again") from e
 
 
+def own_state(module):
+    """What of a module's state is its own: for LoRA (lora.py) the low-rank weights alone, else everything."""
+    state = module.state_dict()
+    return {name: t for name, t in state.items() if "lora_" in name} or state
+
+
 def load_weights(module, tensors, path):
-    """Strict load_state_dict whose complaint names the file and the first difference."""
-    own = module.state_dict()
+    """Strict load_state_dict, of own_state, whose complaint names the file and the first difference."""
+    own = own_state(module)
     for name in sorted(own.keys() | tensors.keys()):
         have, want = tensors.get(name), own.get(name)
         if have is None or want is None or have.shape != want.shape:
             shapes = [None if t is None else tuple(t.shape) for t in (have, want)]
             raise UserError(f"{path} does not fit this network: {name} is {shapes[0]} in the file and {shapes[1]} here")
-    module.load_state_dict(tensors)
+    module.load_state_dict(tensors, strict=False)                 # the loop above was strict
 
 
 def save_checkpoint(path, state):

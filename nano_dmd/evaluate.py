@@ -23,9 +23,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 from nano_dmd import fid
-from nano_dmd.assemble import find_data, pick_device
+from nano_dmd.assemble import find_data, is_latent, pick_device
 from nano_dmd.checkpoint import UserError, cache_dir, command, load_tensors, load_weights, save_tensors
 from nano_dmd.data import TensorData, load_data
 from nano_dmd.generator import Generator
@@ -206,6 +207,22 @@ def rows(generator, teacher, data, label, draws=5, images=2000):
     return result
 
 
+@torch.no_grad()
+def latent_rows(nets, teacher, draw, cfg, calls=50):
+    """{"teacher", method: {metric: number}} of Stable Diffusion: one image at a time, and the statistics of the latents.
+
+    The teacher's latency is one guided call, measured, times the 50 of a usual sampler. For FID and CLIP score see --metric.
+    """
+    batch, device = draw(), torch.device(draw.device)
+    z, cond, sigma = batch.z[:, :1], batch.cond[:1], batch.z.new_ones(1)
+    student = median_seconds(lambda: nets.ema(z, cond), device, 3)
+    guided = median_seconds(lambda: nets.real(z[0], sigma, cond), device, 3)
+    x = nets.ema(batch.z, batch.cond)
+    return {"teacher": {"NFE": 2 * calls if cfg.guidance != 1 else calls, "ms per image": 1000 * calls * guided},
+            cfg.method: {"NFE": len(z), "ms per image": 1000 * student, "latent mean": x.mean().item(),
+                         "latent std": x.std().item(), "speed-up": calls * guided / student}}
+
+
 def quick(generator, data, images):
     """The student's metrics alone, from one set of samples: cheap enough to take while training.  {} without data."""
     return measure(generator, data, 1, len(generator.sigmas), images) if data else {}
@@ -230,7 +247,7 @@ def load_run(folder, device="cpu"):
     """(Config, Teacher, EMA Generator) of a run folder.  raises UserError if it is not one."""
     folder = Path(folder)
     cfg, teacher = read_config(folder), load_teacher(str(folder), device)
-    generator = Generator(teacher.net, cfg.sigma_list())
+    generator = Generator(teacher.net, cfg.sigma_list(), cfg.lora_generator, cfg.unit_noise)
     load_weights(generator, load_tensors(folder / "generator.safetensors"), folder / "generator.safetensors")
     generator.net.bf16 = teacher.net.bf16 = cfg.bf16
     if cfg.teacher.startswith("toy:"):
@@ -257,6 +274,27 @@ def inception_rows(cfg, teacher, generator, args, device):
     return {cfg.method: {m: mean(v) for m, v in values.items()}} | spread
 
 
+def text_metrics(cfg, teacher, generator, args, device):
+    """{metric: number} of a Stable Diffusion student on args.n prompts (in turn), seed = number of the image; text_metrics.py."""
+    from nano_dmd import text_metrics
+    from nano_dmd.stable_diffusion import read_prompts
+
+    wanted = (args.metric or "").split(",")
+    if not wanted[0] or set(wanted) - {"fid", "clip"} or not teacher.decode:
+        raise UserError(f"students of {cfg.teacher} are measured by --metric fid,clip or one of them, got {args.metric!r}")
+    prompts = read_prompts(teacher.recipe["source"], args.prompts or cfg.prompts)
+
+    def one(seed):
+        rng = torch.Generator().manual_seed(seed)
+        z = torch.randn(len(generator.sigmas), 1, *teacher.shape, generator=rng).to(device)
+        return teacher.decode(generator(z, prompts[torch.tensor([seed % len(prompts)])].to(device)))
+
+    captions = [prompts.texts[i % len(prompts)] for i in range(args.n)]
+    with torch.no_grad():
+        images = (one(seed) for seed in tqdm(range(args.n), "images"))
+        return text_metrics.measure(images, captions, wanted, args.reference, device, args.inception_weights, args.clip_model)
+
+
 def main(argv=None):
     p = parser("python -m nano_dmd.evaluate", __doc__)
     p.add_argument("run", help="a run folder")
@@ -267,6 +305,8 @@ def main(argv=None):
     p.add_argument("--batch", type=int, default=250, help="samples made at once for those metrics")
     p.add_argument("--reference", help="for those metrics: an .npz of EDM's fid-refs, or a data set (default: the run's)")
     p.add_argument("--inception-weights", help="torch-fidelity's Inception weights (default: downloaded once)")
+    p.add_argument("--prompts", help="fid and clip of Stable Diffusion students: captions, one to a line (default: the run's)")
+    p.add_argument("--clip-model", default="laion/CLIP-ViT-g-14-laion2B-s12B-b42K", help="for clip: hub name or folder")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda")
     args = p.parse_args(argv)
     device = pick_device(args.device)
@@ -276,6 +316,9 @@ def main(argv=None):
     cfg, teacher, generator = load_run(args.run, device)
     if set((args.metric or "").split(",")) & set(fid.METRICS) and teacher.shape[0] == 3:
         print(table(inception_rows(cfg, teacher, generator, args, device)))
+        return
+    if is_latent(teacher):
+        print(table({cfg.method: text_metrics(cfg, teacher, generator, args, device)}))
         return
     result = rows(generator, teacher, find_data(cfg, teacher, device), cfg.method, args.draws, cfg.eval_images)
     if args.metric and args.metric not in result[cfg.method]:

@@ -5,27 +5,35 @@ is that of the generator's distribution. When it lags behind the generator, the 
 gradient points the wrong way: hence DMD2's several critic updates per generator update.
 """
 
-import copy
-
-import torch
 from torch import nn
 
+from nano_dmd.lora import trainable_copy
 from nano_dmd.noise import draw_noise, draw_sigma
+from nano_dmd.real_score import guided
 from nano_dmd.teacher import edm_loss
 
 
 class FakeScore(nn.Module):
-    """Deep copy of a teacher's EDM network; a Denoiser, and .features for the GAN head.
+    """Trainable copy of a teacher's network; a Denoiser, and .features for the GAN head.
 
+    rank      0 = a full copy, else LoRA of that rank on the teacher's own weights (lora.py)
+    guidance  w in u + w (c - u) as for the teacher: 1 = off everywhere but in SiD-LSG, which guides both alike
     Always in eval mode: dropout in a score is noise in the gradient (a bug of several reimplementations).
     """
 
-    def __init__(self, net):
+    def __init__(self, net, rank=0, guidance=1.0):
         super().__init__()
-        self.net = copy.deepcopy(net).requires_grad_(True).eval()
+        self.net, self.guidance = trainable_copy(net, rank), guidance
+        self.trained = [p for p in self.parameters() if p.requires_grad]
+
+    def requires_grad_(self, on=True):
+        """Freeze or unfreeze what is trained; a LoRA's shared weights stay frozen."""
+        for p in self.trained:
+            p.requires_grad_(on)
+        return self
 
     def forward(self, x, sigma, cond=None):
-        return self.net(x, sigma, cond)
+        return guided(self.net, x, sigma, cond, self.guidance)
 
     def features(self, x, sigma, cond=None):
         return self.net.features(x, sigma, cond)
@@ -37,9 +45,11 @@ class FakeScore(nn.Module):
 def denoising_loss(x, nets, batch, cfg):
     """Critic loss: EDM's denoising loss on generated samples x (B, *S), which carry no graph.
 
+    With nets.sigma_data infinite the weight is 1/sigma^2: the plain error in eps, as published for Stable Diffusion.
     DMD eq. 6, DMD2 edm_guidance.py:127-172, SiD sid_loss.py:58-74; mean over everything.
     cfg.critic_sigma is the noise distribution: lognormal(-1.2,1.2) in SiD, karras(0.002,80) in DMD2.
     """
     sigma = draw_sigma(cfg.critic_sigma, len(x), x.device)
-    loss = edm_loss(nets.fake, x.detach(), sigma, draw_noise(x), batch.cond, nets.sigma_data)
+    cond = batch.cond if batch.fake_cond is None else batch.fake_cond
+    loss = edm_loss(nets.fake, x.detach(), sigma, draw_noise(x), cond, nets.sigma_data)
     return batch.mean("denoising_loss", loss, sigma)

@@ -15,17 +15,23 @@ from nano_dmd.noise import add_noise, draw_noise, draw_sigma
 class Discriminator(nn.Module):
     """Features (B, C) or (B, C, H, W) of the fake score -> one logit per sample (B,).
 
-    Differs: DMD2's head is strided 4x4 convolutions with GroupNorm for 8x8 and larger bottlenecks; ours
-    averages nothing away either, it flattens what is a 4x4 bottleneck at most.
+    As in DMD2, strided 4x4 convolutions with GroupNorm while the features are larger than 8x8 (there: than 4x4).
+    Differs: then everything is flattened into a small MLP.
     """
 
     def __init__(self, feature_shape, width=128):
         super().__init__()
-        size = torch.Size(feature_shape).numel()
-        self.head = nn.Sequential(nn.Flatten(), nn.LayerNorm(size), nn.Linear(size, width), nn.SiLU(), nn.Linear(width, 1))
+        channels, *pixels = feature_shape
+        layers = []
+        while pixels and pixels[0] > 8:
+            layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), nn.GroupNorm(min(32, channels), channels), nn.SiLU()]
+            pixels = [n // 2 for n in pixels]
+        size = channels * torch.Size(pixels).numel()
+        mlp = [nn.Flatten(), nn.LayerNorm(size), nn.Linear(size, width), nn.SiLU(), nn.Linear(width, 1)]
+        self.head = nn.Sequential(*layers, *mlp)
 
     def forward(self, features):
-        return self.head(features)[:, 0]
+        return self.head(features.float())[:, 0]
 
 
 def generator_logit_loss(logits_fake):

@@ -8,30 +8,33 @@ steps (backward simulation, section 4.5), so that training sees what sampling wi
 instead, as several reimplementations do, trains on inputs the generator never meets.
 """
 
-import copy
-
 import torch
 from torch import nn
 
+from nano_dmd.lora import trainable_copy
 from nano_dmd.noise import add_noise
 from nano_dmd.teacher import lerp
 
 
 class Generator(nn.Module):
-    """A copy of the teacher's EDM network, asked at one to a few fixed noise levels.
+    """A copy of the teacher's network, asked at one to a few fixed noise levels.
 
-    net     EDM network to copy                    sigmas  descending noise levels of the steps; sigmas[0] starts from
+    net     the teacher's denoiser, to copy        sigmas  descending noise levels of the steps; sigmas[0] starts from
                                                            sigmas[0] * z: 80 in DMD2, 2.5 in SiD
+    rank    0 = a full copy, else LoRA (lora.py)   unit    the first step starts from sqrt(1 + sigmas[0]^2) z, which a
+                                                           variance-preserving network sees as z (Stable Diffusion)
     """
 
-    def __init__(self, net, sigmas):
+    def __init__(self, net, sigmas, rank=0, unit=False):
         super().__init__()
-        self.net, self.sigmas = copy.deepcopy(net).requires_grad_(True).eval(), tuple(sigmas)
+        self.net, self.sigmas, self.unit = trainable_copy(net, rank), tuple(sigmas), unit
 
     def step(self, i, x, z, cond):
         """x0-prediction (B, *S) of step i from the previous clean estimate x (None at i = 0) and unit noise z."""
         sigma = z.new_full(z.shape[:1], self.sigmas[i])
-        return self.net(add_noise(torch.zeros_like(z) if i == 0 else x, sigma, z), sigma, cond)
+        if i == 0:
+            return self.net((1 + self.sigmas[0] ** 2) ** 0.5 * z if self.unit else self.sigmas[0] * z, sigma, cond)
+        return self.net(add_noise(x, sigma, z), sigma, cond)
 
     def forward(self, z, cond=None, step=None, start=None):
         """x (B, *S) at generator step `step` (default the last), reached by the generator's own earlier steps.
@@ -50,6 +53,8 @@ class Generator(nn.Module):
 def update_ema(ema, net, step, half_life):
     """Move ema towards net; half_life in steps, shorter at the start so that early samples are not stale.
 
+    A student without an average is its own: then nothing moves.
     SiD's ramp (sid_training_loop.py:346): the half-life never exceeds 5 percent of the steps taken so far.
     """
-    lerp(ema, net, 1 - 0.5 ** (1 / max(min(half_life, 0.05 * step), 1e-8)))
+    if ema is not net:
+        lerp(ema, net, 1 - 0.5 ** (1 / max(min(half_life, 0.05 * step), 1e-8)))

@@ -11,6 +11,7 @@ Limit: alpha_t = 0 (flow matching at t = 1, zero-SNR schedules) is sigma = infin
 ever asked at finite sigma; a generator owns its own input and may still start from pure noise.
 """
 
+import functools
 import re
 from dataclasses import dataclass, field
 
@@ -44,14 +45,28 @@ def karras_sigmas(n, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     return karras(torch.linspace(0, 1, n, dtype=torch.float64), sigma_min, sigma_max, rho)
 
 
+@functools.lru_cache(maxsize=8)
+def sd_sigmas(device="cpu"):
+    """The (1000,) noise levels of Stable Diffusion 1 and 2, ascending from .0292 to 14.61; index = timestep.
+
+    sqrt((1 - abar) / abar) of the "scaled linear" schedule: sqrt(beta) falls on a line from sqrt(.00085) to sqrt(.012).
+    """
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    abar = (1 - beta).cumprod(0)
+    return ((1 - abar) / abar).sqrt().float().to(device)
+
+
 def parse_sigma(spec):
-    """'lognormal(mean,std)' or 'karras(low,high)' -> (name, a, b); raises ValueError on anything else."""
-    match = re.fullmatch(r"(lognormal|karras)\(([^,]+),([^,]+)\)", spec.replace(" ", ""))
+    """'lognormal(mean,std)', 'karras(low,high)' or 'sd(first,last)' -> (name, a, b); raises ValueError on anything else."""
+    match = re.fullmatch(r"(lognormal|karras|sd)\(([^,]+),([^,]+)\)", spec.replace(" ", ""))
     try:
         name, a, b = match[1], float(match[2]), float(match[3])
     except (TypeError, ValueError):
-        raise ValueError(f"noise distribution must read lognormal(mean,std) or karras(low,high), got {spec!r}") from None
-    if not (0 < b < float("inf")) or (name == "karras" and not 0 < a < b):
+        raise ValueError("noise distribution must read lognormal(mean,std), karras(low,high) or sd(first,last), "
+                         f"got {spec!r}") from None
+    if name == "sd" and not (0 <= a <= b <= 999 and a == int(a) and b == int(b)):
+        raise ValueError(f"noise distribution {spec!r} needs whole timesteps, 0 <= first <= last <= 999")
+    if not (0 <= b < float("inf")) or (name != "sd" and b == 0) or (name == "karras" and not 0 < a < b):
         raise ValueError(f"noise distribution {spec!r} needs std > 0, or 0 < low < high")
     return name, a, b
 
@@ -77,12 +92,15 @@ def draw_sigma(spec, n, device):
     """(n,) random noise levels, float32.
 
     lognormal(m,s)  ln sigma ~ N(m, s^2): EDM's training distribution, m = -1.2, s = 1.2
+    sd(first,last)  timestep uniform between these, both included, on sd_sigmas: "20..980" is sd(20,980)
     karras(lo,hi)   sigma^(1/7) uniform between lo and hi: DMD's "uniform timestep 20..980 of 1000" is
                     karras(0.0032,72), SiD's "t_max = 800" is karras(0.002,24.4)
     """
     name, a, b = parse_sigma(spec)
     if name == "lognormal":
         return torch.exp(a + b * rows(lambda m: torch.randn(m, device=device), n))
+    if name == "sd":
+        return sd_sigmas(str(device))[rows(lambda m: torch.randint(int(a), int(b) + 1, (m,), device=device), n)]
     return karras(rows(lambda m: torch.rand(m, device=device), n), a, b)
 
 
@@ -91,7 +109,8 @@ class Batch:
     """What one update sees.  None where a method does not ask for it.
 
     z         (k, B, *S)  unit noise of the generator's k steps, z[0] starts it
-    cond      None | (B,) class labels
+    cond      None | (B,) class labels | (B, T, C) text embeddings
+    fake_cond what the denoising loss sees instead, where some labels are dropped (cfg.critic_dropout)
     step      int         the generator step that is trained, one for the whole batch (0 for one-step)
     start     (B, *S)     data to noise instead of simulating earlier steps (only for the comparison)
     real      (B, *S)     data, with its own labels real_cond          (GAN only)
@@ -104,6 +123,7 @@ class Batch:
     start: torch.Tensor | None = None
     real: torch.Tensor | None = None
     real_cond: torch.Tensor | None = None
+    fake_cond: torch.Tensor | None = None
     pair_z: torch.Tensor | None = None
     pair_x: torch.Tensor | None = None
     pair_cond: torch.Tensor | None = None

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from nano_dmd.checkpoint import UserError, read_json
-from nano_dmd.noise import parse_sigma
+from nano_dmd.noise import parse_sigma, sd_sigmas
 
 
 def knob(default, help):
@@ -34,7 +34,10 @@ class Config:
     teacher_seed: int = knob(0, "seed of the teacher's training")
     data: str = knob("", "digits | toy:NAME | cifar10 | folder of images | EDM's .zip; empty = the teacher's own")
     flip: bool = knob(False, "mirror real images at random")
+    prompts: str = knob("", "Stable Diffusion: text file, one prompt to a line")
     guidance: float = knob(1.0, "teacher guidance w in u + w (c - u); 1 = off")
+    fake_guidance: float = knob(1.0, "the same for the fake score, trained and asked; 1 = off (on in SiD-LSG alone)")
+    critic_dropout: float = knob(0.0, "share of labels or prompts dropped in the denoising loss; fake_guidance needs some")
     pairs: int = knob(4000, "noise-image pairs for the regression loss, images")
     pair_steps: int = knob(18, "Heun steps per pair; network calls = 2 n - 1")
     pair_sigma: float = knob(80.0, "noise level the pairs are integrated from, data units")
@@ -54,7 +57,14 @@ class Config:
     clip: float = knob(10.0, "gradient norm limit, L2 over a whole network; 0 = off")
     ema: float = knob(50.0, "half-life of the generator average, generator updates")
 
-    sigmas: str = knob("2.5", "generator's noise levels, descending, comma separated: one number = one step")
+    init: str = knob("", "run folder whose generator and fake score to start from: DMD2's second stage")
+    lora_generator: int = knob(0, "rank of a LoRA student on the teacher's frozen weights; 0 = train a full copy")
+    lora_critic: int = knob(0, "the same for the fake score")
+    half_frozen: bool = knob(False, "keep the teacher's weights in bfloat16 (needs --bf16)")
+    adam8bit: bool = knob(False, "optimiser state in 8 bits, by bitsandbytes")
+
+    sigmas: str = knob("2.5", "generator's noise levels, descending, comma separated: one = one step; t999 = SD's timestep 999")
+    unit_noise: bool = knob(False, "the first step sees unit-variance noise (Stable Diffusion), not sigma z scaled")
     backward_simulation: bool = knob(True, "train later steps on the generator's own output, not on noised data")
     dm_sigma: str = knob("karras(0.0032,72)", "noise of the generator losses: karras(low,high) or lognormal(mean,std)")
     critic_sigma: str = knob("lognormal(-1.2,1.2)", "noise of the denoising loss")
@@ -79,7 +89,7 @@ class Config:
 
     def sigma_list(self):
         """The generator's noise levels as floats, descending."""
-        return [float(s) for s in self.sigmas.split(",")]
+        return [sd_sigmas()[int(s[1:])].item() if s.strip().startswith("t") else float(s) for s in self.sigmas.split(",")]
 
 
 # Published settings in our conventions.  D1 = DMD paper appendix B; D2 = DMD2 experiments/imagenet/*.sh and
@@ -89,6 +99,10 @@ class Config:
 SID = dict(sigmas="2.5", dm_sigma="karras(0.002,24.4)", beta2=0.999, clip=0, warmup=0, alpha=1.2)
 DMD = dict(sigmas="80", dm_sigma="karras(0.0032,72)", critic_sigma="karras(0.002,80)", gan_sigma="karras(0.002,80)", beta1=0.9,
            beta2=0.999, weight_decay=0.01, clip=10, warmup=500, ema=0)
+SD = dict(teacher="stable-diffusion-v1-5/stable-diffusion-v1-5", bf16=True, half_frozen=True, checkpointing=True, decay_from=1.0,
+          beta1=0.9, beta2=0.999, weight_decay=0.01, clip=10, warmup=500, ema=0, sigmas="t999", unit_noise=True,
+          dm_sigma="sd(20,980)", critic_sigma="sd(0,999)", gan_sigma="sd(0,999)", lr_generator=1e-5, lr_critic=1e-5,
+          pair_sigma=14.6, log_every=20, sample_every=100, save_every=200)
 LARGE = dict(bf16=True, decay_from=1.0, log_every=100, sample_every=1000, save_every=2000)
 
 # fmt: off
@@ -125,6 +139,14 @@ PRESETS = {
     "ffhq64-sid":          dict(SID, steps=976_562, batch=512, lr_generator=1e-5, lr_critic=1e-5, w_sid=1_228_800, w_fake=12_288, ema=977),                                                 # S:100-125; Differs: generator beta1 .9 there
     "afhqv2-64":           dict(LARGE, teacher="edm:afhqv2-64", method="sid"),
     "afhqv2-64-sid":       dict(SID, steps=976_562, batch=512, lr_generator=5e-6, lr_critic=5e-6, alpha=1.0, w_sid=1_228_800, w_fake=12_288, ema=977),                                      # S:127-151
+    # Stable Diffusion 1.5: --prompts FILE; the published batch on one GPU by --accumulate.
+    # D2 = DMD2 experiments/sdv1.5/*.sh; L = SiD-LSG run_sid.sh.
+    "sd15":                dict(SD, method="dmd2"),
+    "sd15-dmd":            dict(steps=20_000, batch=2304, guidance=3.0, w_reg=0.25, pairs=500_000, pair_steps=26),                                                                          # D1 B.3; Differs: L2 on latents (there LPIPS on TAESD's), Heun (PNDM 50)
+    "sd15-dmd2":           dict(steps=4000, batch=2048, guidance=1.75, critic_steps=10),                                                                                                    # D2 stage 1: 40k critic updates
+    "sd15-sid":            dict(steps=19_531, batch=512, sigmas="t625", unit_noise=False, guidance=1.5, fake_guidance=1.5, critic_dropout=0.1, dm_sigma="sd(20,979)", critic_sigma="sd(20,979)", alpha=1.0, beta1=0.0, weight_decay=0.0, clip=0, warmup=0, lr_generator=1e-6, lr_critic=1e-6, ema=98, w_sid=16_384, w_fake=16_384),      # L:61-88, 10 M images
+    "sd15-dmd2-gan":       dict(SD, method="dmd2", steps=500, batch=2048, guidance=1.75, critic_steps=10, w_gan=1e-3, w_disc=1e-2, lr_generator=5e-7, lr_critic=5e-7),                       # D2 stage 2: 5k critic updates on --init RUN of stage 1
+    "sd15-dmd2-4step":     dict(SD, method="dmd2", sigmas="t999,t749,t499,t249", steps=4000, batch=2048, guidance=1.75, critic_steps=10),                                                   # D2, which does several steps for SDXL alone
     # CIFAR-10 from a teacher of one's own.  scratch: one H100 or H200, about a lecture; small: a CPU, to see every part work.
     "cifar10-scratch":      dict(LARGE, teacher="cifar10-scratch", method="dmd2", compile=True, sigmas="2.5", dm_sigma="lognormal(-0.8,1.4)", gan_sigma="lognormal(-0.5,1.2)", batch=256, warmup=100, decay_from=0.5, ema=200, flip=True, log_every=50, sample_every=250, save_every=500, pairs=50_000),
     "cifar10-scratch-dmd":  dict(steps=5000, lr_generator=2e-4, lr_critic=2e-4),
@@ -193,7 +215,8 @@ def free_folder(out):
 METHOD_NAMES = ("dmd", "dmd2", "sid", "diff_instruct", "regression")
 LEAST = dict(steps=1, batch=1, critic_steps=1, log_every=1, sample_every=1, save_every=1, pairs=1, pair_steps=2, warmup=0,
              threads=0, teacher_steps=0, clip=0, ema=0, beta1=0, beta2=0, decay_from=0, seed=0, teacher_seed=0,
-             w_dm=0, w_reg=0, w_gan=0, w_sid=0, w_fake=0, w_disc=0, accumulate=1, weight_decay=0, eval_every=0, eval_images=2)
+             w_dm=0, w_reg=0, w_gan=0, w_sid=0, w_fake=0, w_disc=0, accumulate=1, weight_decay=0, eval_every=0, eval_images=2,
+            lora_generator=0, lora_critic=0, critic_dropout=0)
 CHOICES = dict(method=METHOD_NAMES, reg_loss=("l2", "lpips"), log_to=("", "tensorboard", "wandb"))
 
 
@@ -223,12 +246,14 @@ def validate(cfg):
             raise UserError(f"--{name} needs finite numbers, got {getattr(cfg, name)!r}")
     try:
         sigmas = cfg.sigma_list()
-    except ValueError:
+    except (ValueError, IndexError):
         sigmas = [math.nan]
     if not all(0 < s < math.inf for s in sigmas) or sigmas != sorted(set(sigmas), reverse=True):
         raise UserError(f"--sigmas must be positive numbers, descending, comma separated; got {cfg.sigmas!r}")
     if len(sigmas) > 1 and cfg.method in ("dmd", "regression") and cfg.w_reg:
         raise UserError("the regression loss needs a one-step generator: give one number in --sigmas, or use dmd2 or sid")
+    if cfg.half_frozen and not cfg.bf16:
+        raise UserError("--half_frozen keeps weights in bfloat16, which only --bf16 computes with: give both or neither")
     if bool(cfg.w_gan) != bool(cfg.w_disc):
         raise UserError(f"--w_gan {cfg.w_gan} and --w_disc {cfg.w_disc} must both be 0 or both be positive")
 

@@ -6,7 +6,7 @@ network with respect to its input, so requires_grad_(False) is set on the weight
 Guidance has one definition here, u + w (c - u), with w = 1 off (diffusers, minRF). Elsewhere the same
 picture is called c + w' (c - u) with w' = w - 1 (Ho & Salimans 2022). It acts on x0-predictions, which is
 the same as acting on eps- or v-predictions because all three are affine in each other at fixed xt, sigma.
-Only the teacher is guided; the fake score tracks the generator as it is (DMD section 3.4).
+Only the teacher is guided; the fake score tracks the generator as it is (DMD section 3.4), except in SiD-LSG.
 """
 
 from torch import nn
@@ -24,11 +24,16 @@ class RealScore(nn.Module):
         self.denoiser, self.guidance = denoiser, guidance
 
     def forward(self, x, sigma, cond=None):
-        d_cond = self.denoiser(x, sigma, cond)
-        if cond is None or self.guidance == 1:
-            return d_cond
-        d_uncond = self.denoiser(x, sigma, None)
-        return d_uncond + self.guidance * (d_cond - d_uncond)
+        return guided(self.denoiser, x, sigma, cond, self.guidance)
+
+
+def guided(denoiser, x, sigma, cond, w):
+    """u + w (c - u) of the predictions with and without cond; one network call where w = 1 or cond is None."""
+    d_cond = denoiser(x, sigma, cond)
+    if cond is None or w == 1:
+        return d_cond
+    d_uncond = denoiser(x, sigma, None)
+    return d_uncond + w * (d_cond - d_uncond)
 
 
 def score(denoiser, x, sigma, cond=None):

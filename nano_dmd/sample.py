@@ -1,6 +1,6 @@
 """Draw samples from a finished run: numbers as .npy, pictures as .png.
 
-    python -m nano_dmd.sample RUN --n 64 --out grid.png [--class 3] [--seed 0]
+    python -m nano_dmd.sample RUN --n 64 --out grid.png [--class 3 | --prompt "a red cube"] [--seed 0]
 """
 
 import io
@@ -8,17 +8,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from nano_dmd import pictures
-from nano_dmd.assemble import pick_device
+from nano_dmd.assemble import find_prompts, is_latent, pick_device
 from nano_dmd.checkpoint import UserError, command, write_atomic
 from nano_dmd.evaluate import in_batches, load_run
 from nano_dmd.presets import parser
+from nano_dmd.stable_diffusion import Prompts
 
 
-def sample(folder, n, label=None, seed=0, device="cpu"):
-    """(n, *S) samples of the averaged generator on the CPU; classes in turn unless label picks one."""
-    _, teacher, generator = load_run(folder, device)
+def sample(folder, n, label=None, seed=0, device="cpu", prompt=None):
+    """(n, *S) samples of the averaged generator on the CPU; classes in turn unless label picks one.
+
+    Of a Stable Diffusion student: images for prompt, else for the prompts it was trained on, in turn.
+    """
+    cfg, teacher, generator = load_run(folder, device)
+    if is_latent(teacher):
+        return sample_text(cfg, teacher, generator, n, seed, device, prompt)
+    if prompt is not None:
+        raise UserError(f"--prompt: {folder} is no student of Stable Diffusion; it takes --class or nothing")
     if label is not None and not 0 <= label < teacher.classes:
         raise UserError(f"--class {label}: this run has {teacher.classes} classes, counted from 0")
     rng, cond = torch.Generator().manual_seed(seed), None
@@ -28,12 +37,23 @@ def sample(folder, n, label=None, seed=0, device="cpu"):
     return in_batches(generator, z, cond, 500).cpu()
 
 
+@torch.no_grad()
+def sample_text(cfg, teacher, generator, n, seed, device, prompt=None):
+    """(n, 3, H, W) images in [-1, 1], one at a time; latents where the teacher has no decoder."""
+    prompts = Prompts(teacher.recipe["source"], [prompt]) if prompt is not None else find_prompts(cfg, teacher)
+    z = torch.randn(len(generator.sigmas), n, *teacher.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    cond = [prompts[torch.tensor([i % len(prompts)])].to(device) for i in range(n)]
+    x = torch.cat([generator(z[:, i : i + 1], cond[i]) for i in tqdm(range(n), "sampling", disable=n < 8)])
+    return (teacher.decode(x) if teacher.decode else x).cpu()
+
+
 def main(argv=None):
     p = parser("python -m nano_dmd.sample", __doc__)
     p.add_argument("run", help="a run folder")
     p.add_argument("--n", type=int, default=64, help="number of samples")
     p.add_argument("--out", default="samples.png", help=".png for people, .npy for numbers (float32, images in [-1, 1])")
     p.add_argument("--class", dest="label", type=int, help="one class instead of all in turn")
+    p.add_argument("--prompt", help="what to paint, for students of Stable Diffusion (default: the prompts it was trained on)")
     p.add_argument("--seed", type=int, default=0, help="same seed, same samples")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda")
     args = p.parse_args(argv)
@@ -42,9 +62,10 @@ def main(argv=None):
         raise UserError(f"--out {args.out}: the name must end in .png or .npy")
     if args.n < 1:
         raise UserError(f"--n must be at least 1, got {args.n}")
-    x = sample(args.run, args.n, args.label, args.seed, pick_device(args.device))
+    x = sample(args.run, args.n, args.label, args.seed, pick_device(args.device), args.prompt)
     if kind == ".png":
-        pictures.save_picture(args.out, pictures.tile(x, columns=min(10, args.n)))
+        shown, scale = (x[:, :3], 4) if x.shape[1] == 4 else (x, 1 if x.shape[-1] > 64 else 4)
+        pictures.save_picture(args.out, pictures.tile(shown, min(10, args.n), scale))
     else:
         buffer = io.BytesIO()
         np.save(buffer, x.numpy())

@@ -9,7 +9,7 @@ EDM = Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Gener
 """
 
 import copy
-from typing import NamedTuple, Protocol
+from typing import Callable, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -128,6 +128,8 @@ class Teacher(NamedTuple):
     data: str                       # name of the data set it was trained on, "" if that is not known
     net: nn.Module | None = None
     recipe: dict | None = None      # how net was made: what zoo.save_teacher writes
+    sigmas: tuple = (0.002, 80.0)   # noise levels between which Heun samples
+    decode: Callable | None = None  # latents (B, *S) -> images (B, 3, H, W) in [-1, 1]; None where x is what one looks at
 
 
 def train_teacher(denoiser, draw, recipe, show=True):
@@ -156,8 +158,9 @@ def train_teacher(denoiser, draw, recipe, show=True):
 
 @torch.no_grad()
 def lerp(slow, fast, weight):
-    """Move every parameter of slow towards fast by weight in [0, 1] (buffers are constants here)."""
-    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), weight)
+    """Move every parameter of slow towards fast by weight in [0, 1] (buffers are constants; LoRA's shared weights stay)."""
+    moving = [(s, f) for s, f in zip(slow.parameters(), fast.parameters()) if s is not f]
+    torch._foreach_lerp_(*map(list, zip(*moving)), weight)
 
 
 def load_teacher(name, device="cpu", steps=0, seed=0, data="", show=True):

@@ -16,8 +16,9 @@ from torch import nn
 from tqdm import tqdm
 
 from nano_dmd import evaluate
-from nano_dmd.assemble import Draw, Peek, build, cached_pairs, find_data, find_teacher, machine, pick_device, restore, state
-from nano_dmd.checkpoint import (UserError, append_line, check_writable, command, load_checkpoint, read_json,
+from nano_dmd.assemble import (Draw, Peek, build, cached_pairs, find_data, find_prompts, find_teacher, is_latent,
+                               machine, pick_device, restore, state)
+from nano_dmd.checkpoint import (UserError, append_line, check_writable, command, load_checkpoint, own_state, read_json,
                                  remove_leftovers, save_checkpoint, save_tensors, write_atomic, write_json)
 from nano_dmd.data import load_data
 from nano_dmd.diagnostics import by_level, diagnose, to_floats
@@ -191,13 +192,14 @@ def prepare(cfg, device):
         raise UserError(f"{cfg.method} has nothing to minimise: give one of {', '.join('--' + w for w in weights)} a weight")
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
-    data = load_data(cfg.data, device, cfg.flip) if cfg.data else None      # a typo shows before a teacher is trained
+    data = load_data(cfg.data, device, cfg.flip) if cfg.data and not cfg.prompts else None      # a typo shows early
     teacher = first_then_others(lambda: find_teacher(cfg, device))
-    data = find_data(cfg, teacher, device, needs_data(cfg), data)
+    prompts = first_then_others(lambda: find_prompts(cfg, teacher))
+    data = first_then_others(lambda: find_data(cfg, teacher, device, needs_data(cfg), data))
     regress = cfg.w_reg and "w_reg" in weights
-    pairs = first_then_others(lambda: cached_pairs(cfg, teacher, device)) if regress else None
+    pairs = first_then_others(lambda: cached_pairs(cfg, teacher, device, prompts)) if regress else None
     nets, opts = build(cfg, teacher, device)
-    return teacher, nets, opts, Draw(cfg, teacher, data, pairs, torch.Generator().manual_seed(cfg.seed), device)
+    return teacher, nets, opts, Draw(cfg, teacher, data, pairs, torch.Generator().manual_seed(cfg.seed), device, prompts)
 
 
 def needs_data(cfg):
@@ -229,14 +231,15 @@ def run(cfg, resume=False):
     remove_leftovers(out)
     write_json(out / "config.json", asdict(cfg))
     save_teacher(out, teacher.net, teacher.recipe)
-    peek = Peek(teacher, cfg, out, device)
+    peek = Peek(teacher, cfg, out, device, prompts=draw.prompts)
     trim_log(out / "log.jsonl", step)
     cpu, wall = train(cfg, nets, opts, draw, peek, out, step, seconds)
     leave()
-    save_tensors(out / "generator.safetensors", nets.ema.state_dict(), sigmas=cfg.sigmas, preset=cfg.preset)
+    save_tensors(out / "generator.safetensors", own_state(nets.ema), sigmas=cfg.sigmas, preset=cfg.preset)
     peek.save(nets.ema, out / "samples.png", beside_teacher=True)
     control = {"regression only": control_row(cfg)} if cfg.control and cfg.method == "dmd" and processes == 1 else {}
-    rows = control | evaluate.rows(nets.ema, teacher, draw.data, cfg.method, images=cfg.eval_images)
+    rows = control | (evaluate.latent_rows(nets, teacher, draw, cfg) if is_latent(teacher) else
+                      evaluate.rows(nets.ema, teacher, draw.data, cfg.method, images=cfg.eval_images))
     rows[cfg.method]["seconds"] = wall
     report = dict(rows=rows, cpu_seconds=cpu, seconds=wall, teacher_cpu_seconds=teacher.recipe["cpu_seconds"],
                   processes=processes, **machine(device))

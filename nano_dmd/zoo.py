@@ -73,7 +73,8 @@ def save_teacher(folder, net, recipe):
     recipe: network, args, sigma_data, bf16 to build it; shape, classes, data, seconds, cpu_seconds to know about it
     """
     write_json(Path(folder) / "teacher.json", recipe)
-    save_tensors(Path(folder) / "teacher.safetensors", net.state_dict())
+    if "source" not in recipe:                                    # Stable Diffusion stays where it is: 3.4 GB
+        save_tensors(Path(folder) / "teacher.safetensors", net.state_dict())
 
 
 def read_teacher(folder, device):
@@ -101,12 +102,27 @@ def find(name, device, steps, seed, data, show):
     if name.startswith("toy:"):
         mixture = load_data(name, device)
         return Teacher(mixture, mixture.shape, mixture.classes, RECIPES["toy"]["sigma_data"], name)
+    if source := stable_diffusion_of(name):
+        from nano_dmd.stable_diffusion import load
+
+        return load(source, device)
     if name in RECIPES and name != "toy":
         recipe = dict(RECIPES[name], **({"steps": steps} if steps else {}))
         net, recipe = fit_or_load(name, recipe["data"] or data or "cifar10", recipe, device, seed, show)
     else:
         net, recipe = read_teacher(folder_of(name), device)
     return Teacher(net, tuple(recipe["shape"]), recipe["classes"], recipe["sigma_data"], recipe["data"], net, recipe)
+
+
+def stable_diffusion_of(name):
+    """The Stable Diffusion pipeline that a name, a folder or a run's folder stands for, "" if it stands for none."""
+    if (Path(name) / "teacher.json").is_file():
+        return read_json(Path(name) / "teacher.json").get("source", "")
+    if name in RECIPES or name.startswith(("edm:", "toy:")) or name.endswith(".pkl"):
+        return ""
+    from nano_dmd.stable_diffusion import RANDOM, pipeline_class
+
+    return name if name in RANDOM or pipeline_class(name).startswith("StableDiffusion") else ""
 
 
 def folder_of(name):

@@ -300,7 +300,7 @@ def stand_ins(tmp_path_factory):
     return flags
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [n for n in PRESETS if not n.startswith("sd15")])       # those: test_stable_diffusion.py
 def test_every_preset_line_runs(name, tmp_path, monkeypatch, quick, capsys, stand_ins):
     """Each line of PRESETS, and so each method at each scale: --dry-run writes nothing, then one real update."""
     monkeypatch.chdir(tmp_path)
@@ -436,7 +436,8 @@ def test_full_disk(last_words, monkeypatch):
 def test_full_gpu(last_words, monkeypatch):
     at_step(monkeypatch, 4, fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore words.")))
     assert last_words(TOY) == ("error: out of memory (CUDA out of memory. Tried to allocate 2 GiB.); "
-                               "try a smaller --batch")
+                               "try a smaller --batch or, with the same result, a larger --accumulate; --checkpointing, "
+                               "--lora_critic 64 and --adam8bit help large networks")
     is_good(3)
 
 

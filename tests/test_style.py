@@ -19,7 +19,7 @@ FILES = sorted([*(ROOT / "nano_dmd").glob("*.py"), *(ROOT / "toy").glob("*.py")]
 CONCEPTS = ["noise", "networks", "teacher", "real_score", "fake_score", "dmd_loss", "gan", "sid_loss", "generator",
             "train"]
 LOSSES = ["dmd_loss", "gan", "sid_loss"]
-INFRASTRUCTURE = {"checkpoint", "data", "zoo", "parallel"}
+INFRASTRUCTURE = {"checkpoint", "data", "lora", "zoo", "parallel"}
 
 
 def imported(path):

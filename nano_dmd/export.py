@@ -1,0 +1,147 @@
+"""Write a Stable Diffusion student as a pipeline folder that diffusers loads and samples as we do.
+
+    python -m nano_dmd.export RUN --to DIR
+
+    DiffusionPipeline.from_pretrained(DIR)("a red cube", num_inference_steps=1, guidance_scale=0).images[0]
+
+Students that were fed unit noise (DMD, DMD2) get an LCMScheduler, whose steps are ours: predict x0, noise it again.
+SiD's starts from sigma z at timestep 625, which is one Euler step on the first 626 timesteps of the same schedule.
+A LoRA student is merged into the weights, and written as LoRA weights besides (pytorch_lora_weights.safetensors).
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from nano_dmd.assemble import is_latent
+from nano_dmd.checkpoint import UserError, command, first_line, unwritable
+from nano_dmd.evaluate import load_run
+from nano_dmd.noise import sd_sigmas
+from nano_dmd.presets import parser
+from nano_dmd.stable_diffusion import RANDOM, part
+
+CARD = """---
+base_model: {base}
+library_name: diffusers
+pipeline_tag: text-to-image
+license: other
+---
+# {steps}-step student of {base}
+
+Distilled by [nano_dmd](https://pypi.org/project/nano-dmd) with method `{method}` (preset `{preset}`): {updates} generator updates
+of {batch} prompts, {critics} critic updates each, teacher guidance {guidance}{lora}. No quality was measured by this export.
+
+```python
+from diffusers import DiffusionPipeline
+
+image = DiffusionPipeline.from_pretrained("{folder}")("a red cube", {call}).images[0]
+```
+
+The licence and the terms of use of the base model apply to these weights too.
+"""
+
+
+def timesteps(cfg):
+    """The timesteps of the student's steps, descending; raises UserError where a noise level is none of the schedule's."""
+    table, found = sd_sigmas(), []
+    for sigma in cfg.sigma_list():
+        index = (table / sigma).log().abs().argmin().item()
+        if abs(table[index].item() / sigma - 1) > 1e-4:
+            raise UserError(
+                f"sigma {sigma:g} is not a timestep of Stable Diffusion (the nearest, {index}, is {table[index]:g}): diffusers "
+                "cannot start there; train with --sigmas t999 and the like"
+            )
+        found.append(index)
+    return found
+
+
+def scheduler(cfg, config):
+    """(a diffusers scheduler that samples as the student does, the pipeline call's arguments besides the prompt)."""
+    from diffusers import EulerDiscreteScheduler, LCMScheduler
+
+    steps = timesteps(cfg)
+    call = f"num_inference_steps={len(steps)}, guidance_scale=0"
+    if not cfg.unit_noise:
+        if len(steps) > 1:
+            raise UserError("several steps without --unit_noise have no counterpart in diffusers: train them with --unit_noise")
+        betas = torch.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, 1000, dtype=torch.float64) ** 2
+        shorter = dict(
+            num_train_timesteps=steps[0] + 1, trained_betas=betas[: steps[0] + 1].tolist(), timestep_spacing="trailing"
+        )
+        return EulerDiscreteScheduler.from_config(config, **shorter), call
+    lcm = LCMScheduler.from_config(config, original_inference_steps=len(steps), timestep_spacing="leading", clip_sample=False)
+    lcm.set_timesteps(len(steps))
+    if lcm.timesteps.tolist() != steps:
+        lcm, call = LCMScheduler.from_config(config, clip_sample=False), f"timesteps={steps}, guidance_scale=0"
+    return lcm, call
+
+
+def lora_weights(unet):
+    """Low-rank weights by peft's names, scaled so that a loader needs to know no alpha."""
+    from peft.utils import get_peft_model_state_dict
+
+    scale = unet.peft_config["default"].lora_alpha / unet.peft_config["default"].r
+    return {k: (v * scale if "lora_B" in k else v).contiguous() for k, v in get_peft_model_state_dict(unet).items()}
+
+
+def export(run, to):
+    """Write the pipeline folder `to`, complete or not at all."""
+    from diffusers import DDPMScheduler, StableDiffusionPipeline
+
+    cfg, teacher, generator = load_run(run)
+    if not is_latent(teacher) or teacher.recipe["source"] in RANDOM:
+        raise UserError(f"{run} is a student of {cfg.teacher}: only those of a Stable Diffusion pipeline can be exported")
+    if Path(to).exists():
+        raise UserError(f"{to} exists already: give --to a folder that does not")
+    source, unet = teacher.recipe["source"], generator.net.net.unet
+    steps, call = scheduler(cfg, dict(part(DDPMScheduler, source, "scheduler").config))
+    try:
+        Path(to).absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=Path(to).absolute().parent, prefix=".export-", suffix=".tmp") as tmp:
+            new = Path(tmp) / "new"
+            if cfg.lora_generator:
+                StableDiffusionPipeline.save_lora_weights(new, unet_lora_layers=lora_weights(unet))
+                unet.fuse_lora()
+                unet.unload_lora()
+            StableDiffusionPipeline.from_pretrained(source, unet=unet, scheduler=steps).save_pretrained(new)
+            (new / "README.md").write_text(card(cfg, source, Path(to).name, call))
+            shutil.move(new, to)
+    except OSError as e:
+        raise unwritable(to, e) from e
+    return call
+
+
+def card(cfg, source, folder, call):
+    lora = f", LoRA of rank {cfg.lora_generator}" if cfg.lora_generator else ""
+    return CARD.format(
+        base=source,
+        steps=len(cfg.sigma_list()),
+        method=cfg.method,
+        preset=cfg.preset,
+        updates=cfg.steps,
+        batch=cfg.batch,
+        critics=cfg.critic_steps,
+        guidance=cfg.guidance,
+        lora=lora,
+        folder=folder,
+        call=call,
+    )
+
+
+def main(argv=None):
+    p = parser("python -m nano_dmd.export", __doc__)
+    p.add_argument("run", help="the folder of a finished run on Stable Diffusion")
+    p.add_argument("--to", required=True, metavar="DIR", help="a new folder for the pipeline")
+    args = p.parse_args(argv)
+    try:
+        call = export(args.run, args.to)
+    except ImportError as e:
+        raise UserError(f'export needs more packages ({first_line(e)}): pip install "nano_dmd[sd]"') from e
+    print(f"{args.to} is written; sample it with")
+    print(f'    DiffusionPipeline.from_pretrained({args.to!r})("a red cube", {call}).images[0]')
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,319 @@
+"""Stable Diffusion 1.5 (and its kin up to 2.1) as a teacher: latents for images, text embeddings for labels.
+
+    latents    x = VAE encoder of an image, scaled to about unit variance: (4, 64, 64) for 512 pixels
+    noise      xt = x + sigma noise as everywhere here; FromEps divides by sqrt(1 + sigma^2) before the network sees it
+    cond       (B, 77, 768) embeddings of the prompts; None = the empty prompt, what guidance subtracts
+
+Text encoder and VAE encoder run once, before training; what they said is kept in the cache and they leave the memory.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from nano_dmd.checkpoint import UserError, cache_dir, first_line, unwritable
+from nano_dmd.noise import PROCESS
+from nano_dmd.teacher import FromEps, FromV, Teacher
+
+# Networks of the published sizes with random weights and made-up embeddings: to measure speed and memory, nothing else.
+RANDOM = {
+    "random:sd15": dict(sample_size=64, cross_attention_dim=768),
+    "random:tiny": dict(
+        sample_size=8,
+        cross_attention_dim=32,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ),
+}
+NEEDS = 'Stable Diffusion needs more packages ({}): pip install "nano_dmd[sd]"'
+
+
+class TextUNet(nn.Module):
+    """A UNet2DConditionModel under our signature net(x_vp, t, cond); empty (1, T, C) is the empty prompt's embedding."""
+
+    def __init__(self, unet, empty):
+        super().__init__()
+        self.unet = unet
+        self.register_buffer("empty", empty)
+
+    def text(self, cond, x):
+        return self.empty.to(x.dtype).expand(len(x), -1, -1) if cond is None else cond
+
+    def forward(self, x, t, cond=None):
+        return self.unet(x, t, encoder_hidden_states=self.text(cond, x)).sample
+
+    def features(self, x, t, cond=None):
+        """The activations (B, C, h, w) between encoder and decoder: the first half of UNet2DConditionModel.forward."""
+        unet, text = self.unet, {"encoder_hidden_states": self.text(cond, x)}
+        emb, h = unet.time_embedding(unet.get_time_embed(x, t)), unet.conv_in(x)
+        for block in unet.down_blocks:
+            h = block(hidden_states=h, temb=emb, **(text if getattr(block, "has_cross_attention", False) else {}))[0]
+        return unet.mid_block(h, emb, **text)
+
+    @property
+    def checkpointing(self):
+        return self.unet.is_gradient_checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, on):
+        self.unet.enable_gradient_checkpointing() if on else self.unet.disable_gradient_checkpointing()
+
+
+def pipeline_class(name):
+    """The class that a diffusers folder or hub name declares, "" if there is none to be seen."""
+    from diffusers import DiffusionPipeline
+
+    if not (
+        Path(name, "model_index.json").is_file() or re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.is_dir()
+    ):
+        return ""
+    try:
+        return DiffusionPipeline.load_config(name).get("_class_name", "")
+    except Exception:  # hub, network, json: whoever loads it next says what is wrong
+        return ""
+
+
+def load(name, device, size=0):
+    """The Teacher in a diffusers folder, on the hub or random:sd15; size = pixels of a side, 0 = what it was trained for.
+
+    raises UserError if it is not Stable Diffusion 1 or 2, or cannot be read
+    """
+    from diffusers import UNet2DConditionModel
+
+    if name in RANDOM:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            unet, kind, decode = UNet2DConditionModel(**RANDOM[name]), "epsilon", None
+    else:
+        unet, kind, decode = read_parts(name, device)
+    net = TextUNet(unet, Prompts(name, [""])[torch.zeros(1, dtype=torch.long)])
+    sigmas = net_sigmas(name)
+    denoiser = {"epsilon": FromEps, "v_prediction": FromV}[kind](net, 1 / (1 + sigmas.double() ** 2)).to(device)
+    side = size // 8 or unet.config.sample_size
+    # the published losses are plain errors in what the network predicts: in x0 that is 1/sigma^2, and 1/sigma^2 + 1 for v
+    sigma_data = {"epsilon": float("inf"), "v_prediction": 1.0}[kind]
+    recipe = dict(
+        network="stable_diffusion",
+        source=name,
+        shape=[4, side, side],
+        classes=0,
+        data="",
+        sigma_data=sigma_data,
+        seconds=0,
+        cpu_seconds=0,
+    )
+    return Teacher(
+        denoiser,
+        (4, side, side),
+        0,
+        sigma_data,
+        "",
+        denoiser.requires_grad_(False).eval(),
+        recipe,
+        (sigmas[0].item(), sigmas[-1].item()),
+        decode,
+    )
+
+
+def part(kind, name, subfolder, **options):
+    """kind.from_pretrained of one subfolder; raises UserError naming it."""
+    try:
+        return kind.from_pretrained(name, subfolder=subfolder, **options)
+    except Exception as e:  # hub, network, json, weights: no common base class
+        raise UserError(
+            f"cannot load the {subfolder} of {name}: {first_line(e)}; give a Stable Diffusion 1.5 pipeline, on the "
+            "hub (needs a network the first time) or as a local folder"
+        ) from e
+
+
+def read_parts(name, device):
+    """(U-Net, what it predicts, decode) of a pipeline."""
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+
+    kind = part(DDPMScheduler, name, "scheduler").config.prediction_type
+    try:  # before gigabytes are loaded
+        config = UNet2DConditionModel.load_config(name, subfolder="unet")
+    except Exception as e:
+        raise UserError(f"cannot load the unet of {name}: {first_line(e)}; is it a Stable Diffusion 1.5 pipeline?") from e
+    added, channels = config.get("addition_embed_type"), config.get("in_channels")
+    if added or channels != 4 or kind not in ("epsilon", "v_prediction"):
+        raise UserError(
+            f"{name} is not Stable Diffusion 1 or 2 (in_channels {channels}, predicts {kind}, added conditions {added}): "
+            "SDXL, inpainting and newer models are not supported"
+        )
+    return part(UNet2DConditionModel, name, "unet"), kind, decoder(lambda: part(AutoencoderKL, name, "vae"), device)
+
+
+def net_sigmas(name):
+    """(T,) ascending noise levels of the model's own training schedule."""
+    from diffusers import DDPMScheduler
+
+    from nano_dmd.noise import sd_sigmas
+
+    if name in RANDOM:
+        return sd_sigmas()
+    abar = part(DDPMScheduler, name, "scheduler").alphas_cumprod.double()
+    found = ((1 - abar) / abar).sqrt()
+    if found.shape != (1000,) or not torch.allclose(found, sd_sigmas().double(), rtol=1e-3):
+        raise UserError(f"{name} has another noise schedule than Stable Diffusion 1 and 2: sd(first,last) would not fit it")
+    return found
+
+
+def decoder(load_vae, device):
+    """decode(latents) -> images in [-1, 1] on the CPU, a few at a time; the VAE visits the device only while it works."""
+    kept = []
+
+    @torch.no_grad()
+    def decode(latents):
+        if not kept:
+            kept.append(load_vae().requires_grad_(False).eval())
+        vae = kept[0].to(device)
+        x = [vae.decode(part / vae.config.scaling_factor).sample.clamp(-1, 1).cpu() for part in latents.to(device).split(4)]
+        vae.cpu()
+        return torch.cat(x)
+
+    return decode
+
+
+class Prompts:
+    """Texts and their embeddings: prompts[index (B,)] -> (B, T, C) float32 on the CPU; encoded once, memory-mapped.
+
+    118 KB a prompt (float16): ten thousand are 1.2 GB, and LAION's 3 million would be 350 GB.
+    """
+
+    def __init__(self, model, texts):
+        self.model, self.texts = model, texts
+        key = hashlib.sha256(json.dumps([model, texts]).encode()).hexdigest()[:10]
+        path = cache_dir() / f"text-{key}.npy"
+        if not path.exists():
+            write_rows(path, len(texts), embeddings(model, texts))
+        self.table = np.load(path, mmap_mode="r")
+
+    def __len__(self):
+        return len(self.texts)
+
+    def __getitem__(self, index):
+        return torch.from_numpy(self.table[index.cpu().numpy()].astype(np.float32))
+
+
+def embeddings(model, texts, batch=32):
+    """Yield a float16 (T, C) array per text.  raises UserError without the packages; says so where a text is cut."""
+    if model in RANDOM:
+        width = RANDOM[model]["cross_attention_dim"]
+        for text in texts:  # made up, but the same for the same words
+            seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+            yield np.random.default_rng(seed).standard_normal((77, width)).astype(np.float16)
+        return
+    try:
+        from transformers import CLIPTextModel, CLIPTokenizer
+    except ImportError as e:
+        raise UserError(NEEDS.format(e)) from e
+    tokenizer, encoder = part(CLIPTokenizer, model, "tokenizer"), part(CLIPTextModel, model, "text_encoder").eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder, length, cut = encoder.to(device), tokenizer.model_max_length, 0
+    for i in tqdm(range(0, len(texts), batch), "encoding prompts", disable=len(texts) < batch):
+        cut += sum(len(ids) > length for ids in tokenizer(texts[i : i + batch]).input_ids)
+        ids = tokenizer(texts[i : i + batch], padding="max_length", truncation=True, return_tensors="pt").input_ids
+        with torch.no_grad():
+            yield from encoder(ids.to(device))[0].float().cpu().numpy().astype(np.float16)
+    if cut:
+        print(f"WARNING: {cut} of {len(texts)} prompts are longer than {length} tokens; the rest of each was cut off")
+
+
+def write_rows(path, count, rows):
+    """count equally shaped float16 arrays as one .npy: complete, or no file at all."""
+    tmp = path.with_name(f".{path.name}.{PROCESS['rank']}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(tmp, "wb") as f:
+            for i, row in enumerate(rows):
+                if i == 0:
+                    np.lib.format.write_array_header_1_0(f, dict(descr="<f2", fortran_order=False, shape=(count, *row.shape)))
+                f.write(np.ascontiguousarray(row).tobytes())
+        tmp.replace(path)
+    except OSError as e:
+        raise unwritable(path, e) from e
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def read_prompts(model, path):
+    """The Prompts in a text file, one to a line; empty lines are left out."""
+    try:
+        texts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read prompts from {path}: {first_line(e)}; give a text file with one prompt to a line") from e
+    if not texts:
+        raise UserError(f"no prompt in {path}: give a text file with one prompt to a line")
+    return Prompts(model, texts)
+
+
+class Latents:
+    """Real images for the GAN: what the VAE says of each (mean and log-variance, float16), and its caption.
+
+    sample(n, rng) -> (x (n, 4, h, w), cond (n, T, C)), a fresh draw from the encoder's distribution as published.
+    """
+
+    def __init__(self, model, folder, shape, device):
+        files, captions = captioned(folder)
+        self.shape, self.classes, self.device, side = shape, 0, device, 8 * shape[1]
+        stamp = [model, side, [(str(f.name), f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
+        path = cache_dir() / f"latents-{hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:10]}.npy"
+        if not path.exists():
+            write_rows(path, len(files), moments(model, files, side, device))
+        self.table, self.prompts = np.load(path, mmap_mode="r"), Prompts(model, captions)
+
+    def __len__(self):
+        return len(self.table)
+
+    def sample(self, n, rng):
+        index = torch.randint(len(self), (n,), generator=rng)
+        mean, log_variance = torch.from_numpy(self.table[index.numpy()].astype(np.float32)).chunk(2, dim=1)
+        x = mean + (log_variance / 2).exp() * torch.randn(mean.shape, generator=rng)
+        return x.to(self.device), self.prompts[index].to(self.device)
+
+
+def captioned(folder):
+    """(image files, captions) of a folder: NAME.txt beside each image, or metadata.jsonl with file_name and text."""
+    folder = Path(folder)
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    if not files:
+        raise UserError(f"no images in {folder}: give a folder of images with captions")
+    listed = folder / "metadata.jsonl"
+    if listed.is_file():
+        rows = {r["file_name"]: r["text"] for r in map(json.loads, listed.read_text(encoding="utf-8").splitlines())}
+        captions = [rows.get(str(f.relative_to(folder))) for f in files]
+    else:
+        captions = [
+            f.with_suffix(".txt").read_text(encoding="utf-8").strip() if f.with_suffix(".txt").is_file() else None for f in files
+        ]
+    if None in captions:
+        raise UserError(
+            f"{sum(c is None for c in captions)} of {len(files)} images have no caption, {files[captions.index(None)]} for "
+            "example: put NAME.txt beside each image, or a metadata.jsonl with file_name and text in the folder"
+        )
+    return files, captions
+
+
+@torch.no_grad()
+def moments(model, files, side, device):
+    """Yield the VAE's (8, h, w) mean and log-variance of each image, scaled as latents are; centre-cropped to a square."""
+    from diffusers import AutoencoderKL
+    from PIL import Image, ImageOps
+
+    vae = part(AutoencoderKL, model, "vae").to(device).eval()
+    for file in tqdm(files, "encoding images"):
+        image = ImageOps.fit(Image.open(file).convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device) / 127.5 - 1
+        found = vae.encode(pixels).latent_dist
+        scale = vae.config.scaling_factor
+        yield torch.cat([found.mean * scale, found.logvar + 2 * np.log(scale)], 1)[0].cpu().numpy().astype(np.float16)

@@ -1,0 +1,591 @@
+"""Stable Diffusion without downloads: a tiny complete pipeline on disk; bench measures the published size."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+
+from nano_dmd import assemble, evaluate, export, sample, text_metrics, train
+from nano_dmd.checkpoint import UserError, load_tensors
+from nano_dmd.fake_score import FakeScore
+from nano_dmd.gan import Discriminator
+from nano_dmd.generator import Generator
+from nano_dmd.lora import sharing_copy
+from nano_dmd.noise import draw_sigma, sd_sigmas
+from nano_dmd.real_score import RealScore
+from nano_dmd.stable_diffusion import RANDOM, Latents, Prompts, captioned, load, read_prompts
+from nano_dmd.teacher import load_teacher
+
+SCHEDULE = dict(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+)
+PROMPTS = ["a red cube", "a cat on a mat", "fog", "two dogs"]
+
+
+def tokenizer(folder):
+    """CLIP's byte-pair tokenizer over single letters."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            dict(
+                model_max_length=77,
+                tokenizer_class="CLIPTokenizer",
+                bos_token="<|startoftext|>",
+                eos_token="<|endoftext|>",
+                pad_token="<|endoftext|>",
+                unk_token="<|endoftext|>",
+            )
+        )
+    )
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(folder), len(words)
+
+
+def pipeline(folder, prediction="epsilon"):
+    """Write a complete Stable Diffusion with random weights and 8x8 latents (64 pixels)."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    words, count = tokenizer(folder / "made")
+    unet = UNet2DConditionModel(**RANDOM["random:tiny"])
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        sample_size=64,
+        scaling_factor=0.18215,
+    )
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=count,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            bos_token_id=count - 2,
+            eos_token_id=count - 1,
+            pad_token_id=count - 1,
+        )
+    )
+    StableDiffusionPipeline(
+        vae, text, words, unet, DDIMScheduler(**SCHEDULE, prediction_type=prediction), None, None, requires_safety_checker=False
+    ).save_pretrained(folder / "sd")
+    return str(folder / "sd")
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory):
+    return pipeline(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n\n".join(PROMPTS) + "\n")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for i, text in enumerate(PROMPTS):
+        Image.fromarray(rng.integers(0, 255, (80, 70, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(text)
+    return str(folder)
+
+
+def test_noise_levels_are_the_published_schedule():
+    """The table equals diffusers' DDIMScheduler to 1e-6; facts: abar at 20, 249, 499, 749, 980, 999; sigma(625) = 2.5017."""
+    abar = DDIMScheduler(**SCHEDULE).alphas_cumprod.double()
+    torch.testing.assert_close(sd_sigmas().double(), ((1 - abar) / abar).sqrt(), rtol=1e-4, atol=0)
+    known = {20: 0.98131, 249: 0.67543, 499: 0.27767, 749: 0.05662, 980: 0.005844, 999: 0.0046601}
+    for t, value in known.items():
+        assert 1 / (1 + sd_sigmas()[t].item() ** 2) == pytest.approx(value, rel=1e-4)
+    assert sd_sigmas()[625].item() == pytest.approx(2.5017, abs=1e-4)
+
+
+def test_timesteps_are_drawn_uniformly_with_both_ends():
+    torch.manual_seed(0)
+    drawn = draw_sigma("sd(20,23)", 4000, torch.device("cpu"))
+    values, counts = drawn.unique(return_counts=True)
+    assert values.tolist() == sd_sigmas()[20:24].tolist()
+    assert (counts - 1000).abs().max() < 5 * (4000 * 3 / 16) ** 0.5  # five standard deviations
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_denoiser_is_diffusers_x0_at_every_timestep(prediction, tmp_path):
+    """D(x, sigma_t) = DDIMScheduler's pred_original_sample at x / sqrt(1 + sigma_t^2), all 1000 t, relative 1e-5."""
+    name = pipeline(tmp_path, prediction)
+    teacher, unet = load_teacher(name), UNet2DConditionModel.from_pretrained(name, subfolder="unet").eval()
+    assert (teacher.shape, teacher.classes) == ((4, 8, 8), 0)
+    assert teacher.sigma_data == {"epsilon": float("inf"), "v_prediction": 1.0}[prediction]
+    scheduler = DDIMScheduler.from_pretrained(name, subfolder="scheduler")
+    scheduler.set_timesteps(1000)
+    text, t = Prompts(name, ["fog"])[torch.zeros(1, dtype=torch.long)], torch.arange(1000)
+    x = torch.randn(1000, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    sigma = teacher.denoiser.sigmas
+    xt = sigma[:, None, None, None] * x
+    x_vp = xt / (1 + sigma**2).sqrt()[:, None, None, None]
+    out = unet(x_vp, t, encoder_hidden_states=text.expand(1000, -1, -1)).sample
+    expected = torch.cat([scheduler.step(out[i : i + 1], i, x_vp[i : i + 1]).pred_original_sample for i in range(1000)])
+    got = teacher.denoiser(xt, sigma, text.expand(1000, -1, -1))
+    assert ((got - expected).flatten(1).abs().amax(1) / (1 + expected.flatten(1).abs().amax(1) + sigma)).max() < 1e-5
+
+
+@torch.no_grad()
+def test_guidance_is_the_pipelines(sd):
+    """RealScore(w): eps = eps_empty + w (eps_text - eps_empty), as StableDiffusionPipeline combines them; to 1e-5."""
+    teacher, unet = load_teacher(sd), UNet2DConditionModel.from_pretrained(sd, subfolder="unet").eval()
+    pipe = StableDiffusionPipeline.from_pretrained(sd)
+    text, empty = pipe.encode_prompt("a red cube", "cpu", 1, True, "")
+    sigma, x = teacher.denoiser.sigmas[[300]], torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    x_vp = x / (1 + sigma**2).sqrt()
+    with_text, without = (unet(x_vp, 300, encoder_hidden_states=e).sample for e in (text, empty))
+    expected = x - sigma * (without + 7.5 * (with_text - without))
+    got = RealScore(teacher.denoiser, 7.5)(x, sigma, text)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=2e-3)  # the empty prompt is cached in float16
+    teacher.net.net.empty = empty
+    torch.testing.assert_close(RealScore(teacher.denoiser, 7.5)(x, sigma, text), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_features_are_the_bottleneck(sd):
+    """features() is what the U-Net's own forward hands from its middle block to its decoder, exactly."""
+    teacher, seen = load_teacher(sd), []
+    teacher.net.net.unet.mid_block.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    x, sigma, text = torch.randn(3, 4, 8, 8), sd_sigmas()[[5, 500, 999]], Prompts(sd, PROMPTS)[torch.arange(3)]
+    teacher.net(x, sigma, text)
+    torch.testing.assert_close(teacher.net.features(x, sigma, text), seen[0], rtol=0, atol=0)
+
+
+def test_prompts_are_encoded_once(sd, monkeypatch):
+    """The embeddings are the pipeline's, in float16; a second look reads the file and loads no encoder."""
+    found = Prompts(sd, PROMPTS)[torch.tensor([2, 0])]
+    pipe = StableDiffusionPipeline.from_pretrained(sd)
+    for row, text in zip(found, ("fog", "a red cube")):
+        expected = pipe.encode_prompt(text, "cpu", 1, False)[0][0]
+        torch.testing.assert_close(row, expected, rtol=1e-3, atol=1e-3)
+    monkeypatch.setattr("nano_dmd.stable_diffusion.embeddings", lambda *_: pytest.fail("encoded again"))
+    assert torch.equal(Prompts(sd, PROMPTS)[torch.tensor([2, 0])], found)
+
+
+def test_a_long_prompt_is_cut_with_a_warning(sd, capsys):
+    Prompts(sd, ["short", "x" * 100])
+    assert "WARNING: 1 of 2 prompts are longer than 77 tokens" in capsys.readouterr().out
+
+
+def test_lora_critic_starts_as_the_teacher_and_never_changes_it(sd):
+    """Exactly equal before training; afterwards only low-rank weights have moved, the teacher's not by one bit."""
+    teacher = load_teacher(sd)
+    before = {k: v.clone() for k, v in teacher.net.state_dict().items()}
+    fake = FakeScore(teacher.net, rank=4)
+    x, sigma, text = torch.randn(2, 4, 8, 8), sd_sigmas()[[100, 900]], Prompts(sd, PROMPTS)[torch.arange(2)]
+    torch.testing.assert_close(fake(x, sigma, text), teacher.net(x, sigma, text), rtol=0, atol=0)
+    assert all("lora_" in n for n, p in fake.named_parameters() if p.requires_grad) and fake.trained
+    held = {p.data_ptr() for p in teacher.net.parameters()}
+    assert {p.data_ptr() for n, p in fake.named_parameters() if "lora_" not in n} <= held  # shared, not copied
+    opt = torch.optim.Adam(fake.trained, 1e-2)
+    for _ in range(3):
+        opt.zero_grad()
+        (fake(x, sigma, text) - x).square().mean().backward()
+        opt.step()
+    assert (fake(x, sigma, text) - teacher.net(x, sigma, text)).abs().max() > 1e-4
+    assert all(torch.equal(before[k], v) for k, v in teacher.net.state_dict().items())
+    fake.requires_grad_(False)
+    assert not any(p.requires_grad for p in fake.parameters())
+    fake.requires_grad_(True)
+    assert all(("lora_" in n) == p.requires_grad for n, p in fake.named_parameters())
+
+
+@pytest.mark.parametrize("which", ["teacher then fake", "fake then teacher"])
+def test_checkpointing_meets_the_right_network(which, sd):
+    """With LoRA on shared weights and recomputation in backward, the gradient at x through both is the one without: 1e-6."""
+    text, x0 = Prompts(sd, PROMPTS)[torch.arange(2)], torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        teacher = load_teacher(sd)
+        fake = FakeScore(teacher.net, rank=4)
+        for p in fake.trained:
+            p.data += 0.05 * torch.randn_like(p)
+        for net in (teacher.net, fake.net):
+            net.net.checkpointing = checkpointing
+            assert net.net.checkpointing == checkpointing
+        x, sigma = x0.clone().requires_grad_(), sd_sigmas()[[300, 700]]
+        nets = (teacher.net, fake) if which.startswith("teacher") else (fake, teacher.net)
+        a, b = (net(x, sigma, text) for net in nets)
+        (a * b.detach() + 2 * b).sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_a_sharing_copy_copies_only_what_is_trained(sd):
+    teacher = load_teacher(sd)
+    student = Generator(teacher.net, [sd_sigmas()[999].item()], rank=4, unit=True)
+    twin = sharing_copy(student)
+    for (name, a), b in zip(student.named_parameters(), twin.parameters()):
+        assert (a is b) == ("lora_" not in name), name
+
+
+@torch.no_grad()
+def test_first_step_sees_unit_noise(sd):
+    """The student at t 999 is x0 = (z - sqrt(1 - abar) eps(z, 999)) / sqrt(abar): the network sees z itself, relative 1e-5."""
+    teacher, unet = load_teacher(sd), UNet2DConditionModel.from_pretrained(sd, subfolder="unet").eval()
+    z, text = torch.randn(1, 2, 4, 8, 8), Prompts(sd, PROMPTS)[torch.arange(2)]
+    abar = DDIMScheduler(**SCHEDULE).alphas_cumprod[999]
+    eps = unet(z[0], 999, encoder_hidden_states=text).sample
+    expected = (z[0] - (1 - abar).sqrt() * eps) / abar.sqrt()
+    got = Generator(teacher.net, [sd_sigmas()[999].item()], unit=True)(z, text)
+    assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_latents_are_the_vaes(sd, photos):
+    """Mean and spread of the draws are the encoder's, scaled; the caption comes along; a second look reads the file."""
+    found = Latents(sd, photos, (4, 8, 8), torch.device("cpu"))
+    assert len(found) == 4 and found.classes == 0
+    vae = AutoencoderKL.from_pretrained(sd, subfolder="vae").eval()
+    from PIL import ImageOps
+
+    image = ImageOps.fit(Image.open(f"{photos}/0.png").convert("RGB"), (64, 64), Image.Resampling.LANCZOS)
+    with torch.no_grad():
+        expected = vae.encode(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist
+    rng = torch.Generator().manual_seed(0)
+    x, text = found.sample(4000, rng)
+    first = (text == Prompts(sd, PROMPTS)[torch.tensor([0])]).flatten(1).all(1)
+    assert 850 < first.sum() < 1150
+    std = 0.18215 * expected.std[0]
+    assert ((x[first].mean(0) - 0.18215 * expected.mean[0]).abs() < 6 * std / first.sum() ** 0.5 + 1e-3).all()
+    torch.testing.assert_close(x[first].std(0), std, rtol=0.15, atol=1e-3)
+
+
+RUN = [
+    "--device",
+    "cpu",
+    "--batch",
+    "4",
+    "--steps",
+    "2",
+    "--critic_steps",
+    "2",
+    "--warmup",
+    "0",
+    "--lr_generator",
+    "1e-3",
+    "--lr_critic",
+    "1e-3",
+    "--pairs",
+    "4",
+    "--pair_steps",
+    "2",
+    "--save_every",
+    "1",
+    "--sample_every",
+    "2",
+    "--log_every",
+    "2",
+]
+PRESETS = [
+    ("sd15-dmd", "full"),
+    ("sd15-dmd2", "full"),
+    ("sd15-dmd2", "critic"),
+    ("sd15-dmd2", "both"),
+    ("sd15-dmd2-gan", "critic"),
+    ("sd15-dmd2-4step", "both"),
+    ("sd15-sid", "critic"),
+]
+
+
+def test_every_line_of_the_presets_is_tried():
+    """A line without a method's name is the base of others, or complete."""
+    assert {n for n in train.PRESETS if n.startswith("sd15")} - {"sd15"} == {name for name, _ in PRESETS}
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """Two Heun steps for the pictures, no diagrams."""
+    heun = assemble.heun
+    monkeypatch.setattr(assemble, "heun", lambda *args, **kwargs: heun(*args, **{**kwargs, "steps": 2}))
+    monkeypatch.setattr(train, "have_matplotlib", lambda: False)
+
+
+@pytest.mark.parametrize("preset, lora", PRESETS)
+def test_presets_train_resume_and_report(preset, lora, sd, prompts, photos, tmp_path, fast):
+    """Every preset takes real steps; stopped in the middle and resumed it ends bit for bit where one run ends."""
+    argv = ["--preset", preset, "--teacher", sd, "--prompts", prompts, *RUN]
+    argv += [] if lora == "full" else ["--lora_critic", "2"] + ["--lora_generator", "2"] * (lora == "both")
+    argv += ["--data", photos] if preset.endswith("gan") else []
+    train.main([*argv, "--out", str(tmp_path / "whole")])
+    torch.manual_seed(123)
+
+    class Stop(Exception):
+        pass
+
+    def stop(*args, real=train.save_checkpoint):
+        real(*args)
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(train, "save_checkpoint", stop)
+        train.main([*argv, "--out", str(tmp_path / "parts")])
+    train.main([*argv, "--out", str(tmp_path / "parts"), "--resume"])
+    whole, parts = (load_tensors(tmp_path / name / "generator.safetensors") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
+    assert all("lora_" in k for k in whole) == (lora == "both")
+    assert not (tmp_path / "whole" / "teacher.safetensors").exists()  # 3.4 GB at real size
+    report = json.loads((tmp_path / "whole" / "report.json").read_text())
+    assert report["rows"]["teacher"]["NFE"] == 100 and np.isfinite(list(report["rows"].values())[-1]["latent std"])
+    assert Image.open(tmp_path / "whole" / "samples.png").size[1] == 64 + 2  # decoded by the VAE
+    moved = evaluate.load_run(tmp_path / "whole")[2].net.net.unet.state_dict()
+    start = UNet2DConditionModel.from_pretrained(sd, subfolder="unet").state_dict()
+    assert any(not torch.equal(start[k], moved[k]) for k in start if k in moved) or lora == "both"
+
+
+def test_second_stage_starts_from_the_first(sd, prompts, photos, tmp_path, fast):
+    """--init RUN: generator and fake score begin with that run's weights."""
+    common = ["--teacher", sd, "--prompts", prompts, *RUN]
+    train.main(["--preset", "sd15-dmd2", *common, "--out", str(tmp_path / "first")])
+    cfg = train.resolve(
+        {
+            "preset": "sd15-dmd2-gan",
+            "teacher": sd,
+            "prompts": prompts,
+            "data": photos,
+            "batch": 4,
+            "init": str(tmp_path / "first"),
+        }
+    )
+    _, nets, _, _ = train.prepare(cfg, torch.device("cpu"))
+    saved = torch.load(tmp_path / "first" / "checkpoint.pt", weights_only=True)["nets"]
+    for name in ("generator", "fake"):
+        assert all(torch.equal(v, getattr(nets, name).state_dict()[k]) for k, v in saved[name].items())
+    assert all(torch.equal(v, nets.ema.state_dict()[k]) for k, v in saved["generator"].items())
+
+
+@pytest.mark.parametrize(
+    "preset, extra, steps",
+    [
+        ("sd15-dmd2", [], 1),
+        ("sd15-dmd2", ["--lora_generator", "2", "--lora_critic", "2"], 1),
+        ("sd15-dmd2-4step", [], 4),
+        ("sd15-sid", [], 1),
+        ("sd15-dmd2-4step", ["--sigmas", "t900,t400"], 2),
+    ],
+)
+def test_exported_pipeline_samples_as_the_generator(preset, extra, steps, sd, prompts, tmp_path, fast):
+    """Plain DiffusionPipeline(num_inference_steps=k, guidance_scale=0), same noise: the same latents to 1e-4."""
+    run, to = str(tmp_path / "run"), str(tmp_path / "pipe")
+    train.main(
+        ["--preset", preset, "--teacher", sd, "--prompts", prompts, *RUN, "--no-bf16", "--no-half_frozen", *extra, "--out", run]
+    )
+    export.main([run, "--to", to])
+    _, teacher, generator = evaluate.load_run(run)
+    z, text = torch.randn(steps, 2, 4, 8, 8, generator=torch.Generator().manual_seed(5)), Prompts(sd, PROMPTS)[torch.arange(2)]
+    rng = torch.Generator().manual_seed(7)
+    z[1:] = torch.stack([torch.randn(2, 4, 8, 8, generator=rng) for _ in range(steps - 1)]) if steps > 1 else z[1:]
+    with torch.no_grad():
+        expected = generator(z, text)
+    given = dict(timesteps=[900, 400]) if extra[:1] == ["--sigmas"] else dict(num_inference_steps=steps)
+    pipe = DiffusionPipeline.from_pretrained(to)
+    pipe.set_progress_bar_config(disable=True)
+    got = pipe(
+        prompt_embeds=text,
+        latents=z[0],
+        guidance_scale=0,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(7),
+        **given,
+    ).images
+    assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+    card = (tmp_path / "pipe" / "README.md").read_text()
+    assert f"base_model: {sd}" in card and "guidance_scale=0" in card
+    assert ("timesteps=[900, 400]" in card) == ("timesteps" in given)
+
+
+def test_lora_student_is_loaded_by_diffusers(sd, prompts, tmp_path, fast):
+    """pytorch_lora_weights.safetensors on the base model gives the student's latents to 1e-4."""
+    run, to = str(tmp_path / "run"), str(tmp_path / "pipe")
+    train.main(
+        [
+            "--preset",
+            "sd15-dmd2",
+            "--teacher",
+            sd,
+            "--prompts",
+            prompts,
+            *RUN,
+            "--no-bf16",
+            "--no-half_frozen",
+            "--lora_generator",
+            "2",
+            "--lora_critic",
+            "2",
+            "--out",
+            run,
+        ]
+    )
+    export.main([run, "--to", to])
+    _, _, generator = evaluate.load_run(run)
+    z, text = torch.randn(1, 2, 4, 8, 8), Prompts(sd, PROMPTS)[torch.arange(2)]
+    with torch.no_grad():
+        expected = generator(z, text)
+    pipe = DiffusionPipeline.from_pretrained(sd, scheduler=DiffusionPipeline.from_pretrained(to).scheduler)
+    pipe.load_lora_weights(to, weight_name="pytorch_lora_weights.safetensors")
+    got = pipe(prompt_embeds=text, latents=z[0], guidance_scale=0, output_type="latent", num_inference_steps=1).images
+    with torch.no_grad():
+        base = Generator(load_teacher(sd).net, [sd_sigmas()[999].item()], unit=True)(z, text)
+    assert (expected - base).abs().max() > 1e-2 * expected.abs().max()  # it is not the base model's answer
+    assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_discriminator_takes_large_bottlenecks():
+    """12x12 features (768 pixels) are strided down once; one logit per sample."""
+    assert Discriminator((32, 12, 12))(torch.randn(3, 32, 12, 12)).shape == (3,)
+    assert Discriminator((32, 8, 8))(torch.randn(3, 32, 8, 8)).shape == (3,)
+
+
+def bad_folder(tmp_path, sd):
+    import shutil
+
+    shutil.copytree(sd, tmp_path / "xl")
+    config = json.loads((tmp_path / "xl/unet/config.json").read_text()) | dict(in_channels=9)
+    (tmp_path / "xl/unet/config.json").write_text(json.dumps(config))
+    return str(tmp_path / "xl")
+
+
+def test_mistakes_get_one_sentence(sd, prompts, photos, tmp_path, fast):
+    empty, no_captions = tmp_path / "empty.txt", tmp_path / "photos"
+    empty.write_text("\n \n")
+    no_captions.mkdir()
+    Image.new("RGB", (64, 64)).save(no_captions / "a.png")
+    device = torch.device("cpu")
+
+    def complain(argv, said):
+        with pytest.raises(UserError, match=said):
+            train.main([*argv, *RUN, "--out", str(tmp_path / "out")])
+
+    complain(["--preset", "sd15-dmd2", "--teacher", sd], "listens to text")
+    complain(["--preset", "sd15-dmd2", "--teacher", sd, "--prompts", str(empty)], "no prompt in")
+    complain(["--preset", "sd15-dmd2", "--teacher", sd, "--prompts", "nowhere.txt"], "cannot read prompts")
+    complain(["--preset", "sd15-dmd2", "--teacher", str(tmp_path / "missing"), "--prompts", prompts], "no teacher")
+    complain(["--preset", "sd15-dmd2-gan", "--teacher", sd, "--prompts", prompts], "needs real data")
+    complain(
+        ["--preset", "sd15-dmd2-gan", "--teacher", sd, "--prompts", prompts, "--data", str(no_captions)],
+        "1 of 1 images have no caption",
+    )
+    complain(
+        ["--preset", "sd15-dmd2-gan", "--teacher", sd, "--prompts", prompts, "--data", str(tmp_path / "nothing")], "no images in"
+    )
+    complain(["--preset", "sd15-dmd2", "--teacher", sd, "--prompts", prompts, "--no-bf16"], "half_frozen")
+    complain(["--preset", "sd15-dmd2", "--sigmas", "t1000", "--teacher", sd, "--prompts", prompts], "sigmas")
+    complain(["--preset", "sd15-dmd2", "--dm_sigma", "sd(20,1000)"], "whole timesteps")
+    complain(["--preset", "digits", "--lora_critic", "2", "--teacher_steps", "2"], "LoRA is for diffusers' U-Nets")
+    with pytest.raises(UserError, match="not Stable Diffusion 1 or 2"):
+        load(bad_folder(tmp_path, sd), device)
+    with pytest.raises(UserError, match="cannot load the scheduler"):
+        load(str(tmp_path), device)
+    assert captioned(photos)[1] == PROMPTS
+    assert read_prompts("random:tiny", prompts).texts == PROMPTS
+
+
+def test_export_mistakes(sd, prompts, toy_run, tmp_path, fast):
+    with pytest.raises(UserError, match="only those of a Stable Diffusion pipeline"):
+        export.main([str(toy_run), "--to", str(tmp_path / "x")])
+    run = str(tmp_path / "run")
+    train.main(["--preset", "sd15-dmd2", "--teacher", sd, "--prompts", prompts, *RUN, "--sigmas", "3.0", "--out", run])
+    with pytest.raises(UserError, match="not a timestep of Stable Diffusion"):
+        export.main([run, "--to", str(tmp_path / "x")])
+    (tmp_path / "x").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        export.main([run, "--to", str(tmp_path / "x")])
+
+
+def clip_model(folder, words):
+    """A tiny CLIPModel on disk, with its tokenizer and image processor."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+    torch.manual_seed(1)
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    text = CLIPTextConfig(vocab_size=words, bos_token_id=words - 2, eos_token_id=words - 1, pad_token_id=words - 1, **small)
+    CLIPModel(
+        CLIPConfig(
+            text_config=text.to_dict(),
+            vision_config=CLIPVisionConfig(image_size=32, patch_size=8, **small).to_dict(),
+            projection_dim=8,
+        )
+    ).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return str(folder)
+
+
+def test_clip_score_is_the_mean_cosine(tmp_path):
+    """Against the model asked directly for each pair, prefix included: 1e-5; batches do not matter."""
+    from transformers import CLIPImageProcessor, CLIPModel
+
+    words, count = tokenizer(tmp_path / "clip")
+    name = clip_model(tmp_path / "clip", count)
+    images, captions = torch.rand(3, 3, 40, 40) * 2 - 1, ["fog", "a red cube", "two dogs"]
+    model, processor = CLIPModel.from_pretrained(name).eval(), CLIPImageProcessor.from_pretrained(name)
+    cosines = []
+    for x, caption in zip(images, captions):
+        array = ((x + 1) / 2 * 255).byte().permute(1, 2, 0).numpy()
+        with torch.no_grad():
+            found = model(
+                pixel_values=processor(Image.fromarray(array), return_tensors="pt").pixel_values,
+                **words(["A photo depicts " + caption], return_tensors="pt"),
+            )
+        cosines.append(torch.cosine_similarity(found.image_embeds, found.text_embeds).item())
+    score = text_metrics.ClipScore(name, torch.device("cpu"))
+    score.add(images[:1], captions[:1])
+    score.add(images[1:], captions[1:])
+    assert score.mean() == pytest.approx(np.mean(cosines), abs=1e-5)
+
+
+def test_evaluate_measures_a_student(sd, prompts, photos, tmp_path, fast, monkeypatch, capsys):
+    """--metric fid,clip end to end: as many images as asked for, resized to 256, beside real ones likewise."""
+    words, count = tokenizer(tmp_path / "clip")
+    name, run = clip_model(tmp_path / "clip", count), str(tmp_path / "run")
+    train.main(["--preset", "sd15-dmd2", "--teacher", sd, "--prompts", prompts, *RUN, "--out", run])
+    seen = []
+
+    def inception(images, reference, wanted, device, weights):
+        seen.extend([torch.cat(list(images)), torch.cat(list(reference))])
+        return {"fid": 12.5}
+
+    monkeypatch.setattr("nano_dmd.fid.inception_metrics", inception)
+    evaluate.main([run, "--metric", "fid,clip", "--n", "5", "--reference", photos, "--clip-model", name, "--device", "cpu"])
+    assert [(v.shape, v.dtype) for v in seen] == [((5, 3, 256, 256), torch.uint8), ((4, 3, 256, 256), torch.uint8)]
+    out = capsys.readouterr().out
+    assert "12.5" in out and "clip" in out
+    for argv, said in (
+        ([], "are measured by --metric"),
+        (["--metric", "sw2"], "are measured by --metric"),
+        (["--metric", "fid"], "give --reference"),
+        (["--metric", "fid", "--reference", str(tmp_path / "clip")], "no images in"),
+        (["--metric", "clip", "--clip-model", str(tmp_path)], "cannot load the CLIP model"),
+    ):
+        with pytest.raises(UserError, match=said):
+            evaluate.main([run, "--n", "2", "--device", "cpu", *argv])
+
+
+def test_sample_paints_a_prompt(sd, prompts, toy_run, tmp_path, fast):
+    """One prompt, or those trained on in turn; same seed, same picture; PNG of the decoded size."""
+    run = str(tmp_path / "run")
+    train.main(["--preset", "sd15-dmd2-4step", "--teacher", sd, "--prompts", prompts, *RUN, "--out", run])
+    x = sample.sample(run, 2, prompt="a red cube")
+    assert x.shape == (2, 3, 64, 64) and x.abs().max() <= 1
+    assert torch.equal(x, sample.sample(run, 2, prompt="a red cube")) and not torch.equal(x, sample.sample(run, 2, prompt="fog"))
+    sample.main([run, "--n", "3", "--out", str(tmp_path / "x.png"), "--device", "cpu"])
+    assert Image.open(tmp_path / "x.png").size == (4 * (3 * 65 + 1), 4 * 66)
+    with pytest.raises(UserError, match="no student of Stable Diffusion"):
+        sample.sample(str(toy_run), 2, prompt="fog")
