@@ -1,0 +1,1 @@
+"""Notebooks that walk through each gradient (README.md), and assignments with their grader (assignments/)."""

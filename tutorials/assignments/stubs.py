@@ -1,0 +1,47 @@
+"""Generate what students get from the solutions, so that the two cannot drift apart.
+
+    python -m tutorials.assignments.stubs              write every starter from its solution
+    python -m tutorials.assignments.stubs --to DIR     also copy what students may see, and only that, to DIR
+
+In a solution, the lines between "### BEGIN SOLUTION A1.2" and "### END SOLUTION" become one that raises
+NotImplementedError naming the task; signatures, docstrings and everything else stay as they are.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+from nano_dmd.checkpoint import UserError, command
+from nano_dmd.presets import parser
+
+HERE = Path(__file__).parent
+SOLUTIONS = HERE / "instructor"
+NAMES = ("a1", "a2", "a3", "a4", "a5")
+PUBLIC = ("README.md", "{name}.py", "test_public.py")
+REGION = re.compile(r"^( *)### BEGIN SOLUTION (A\d\.\d)\n.*?^ *### END SOLUTION\n", re.M | re.S)
+
+
+def starter(solution):
+    """The text students start from; raises ValueError where markers do not pair up."""
+    text = REGION.sub(lambda m: f'{m[1]}raise NotImplementedError("{m[2]} is yours to write")\n', solution)
+    if "### BEGIN" in text or "### END" in text:
+        raise ValueError("a marker without its partner, or one that names no task")
+    return text
+
+
+def main(argv=None):
+    p = parser("python -m tutorials.assignments.stubs", __doc__)
+    p.add_argument("--to", metavar="DIR", help="a new folder for what students get")
+    to = p.parse_args(argv).to
+    if to and Path(to).exists():
+        raise UserError(f"{to} exists already; give a folder that does not")
+    for name in NAMES:
+        (HERE / name / f"{name}.py").write_text(starter((SOLUTIONS / name / "solution.py").read_text()))
+        for file in PUBLIC if to else ():
+            source = HERE / name / file.format(name=name)
+            (Path(to) / name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, Path(to) / name)
+
+
+if __name__ == "__main__":
+    command(main)

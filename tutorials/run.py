@@ -1,0 +1,65 @@
+"""Execute the notebooks in place, top to bottom, and keep their outputs; the rules they follow are checked here too.
+
+    python -m tutorials.run              all of them
+    python -m tutorials.run 02 06        those whose names start so
+"""
+
+import time
+from pathlib import Path
+
+from nano_dmd.checkpoint import UserError, command, write_atomic
+from nano_dmd.presets import parser
+
+HERE = Path(__file__).parent
+NOTEBOOKS = sorted(HERE.glob("[0-9][0-9]_*.ipynb"))
+SECTIONS = ("Question", "Your prediction", "The maths", "Break it", "Exercise")       # headings every notebook has
+LINES, KILOBYTES = 15, 500
+
+
+def execute(path, timeout=1200):
+    """The executed notebook; raises nbclient's CellExecutionError where a cell fails."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(HERE)}},
+                   record_timing=False).execute()
+    return notebook
+
+
+def complaints(notebook, size):
+    """What breaks the rules, a list of sentences: cell length, size, sections, an assertion, a picture, kept outputs."""
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    outputs = [o for c in code for o in c.outputs]
+    found = [f"a cell has {len(c.source.splitlines())} lines: {c.source.splitlines()[0]}" for c in code
+             if len(c.source.splitlines()) > LINES]
+    found += [f"no heading {s!r}" for s in SECTIONS if f"## {s}" not in text]
+    found += [f"{size // 1000} KB, more than {KILOBYTES}"] * (size > 1000 * KILOBYTES)
+    found += [f"magic or shell command: {c.source.splitlines()[0]}" for c in code if c.source.lstrip().startswith(("%", "!"))]
+    found += ["nothing is asserted"] * (not any("assert" in c.source for c in code))
+    found += ["no picture in the outputs"] * (not any("image/png" in o.get("data", {}) for o in outputs))
+    found += ["a cell was never executed"] * any(c.execution_count is None for c in code)
+    found += ["an output holds an error"] * any(o.output_type == "error" for o in outputs)
+    return found
+
+
+def main(argv=None):
+    import nbformat
+
+    p = parser("python -m tutorials.run", __doc__)
+    p.add_argument("names", nargs="*", metavar="NAME", help="how the file's name starts, 02 for example")
+    names = p.parse_args(argv).names
+    chosen = [path for path in NOTEBOOKS if not names or path.name.startswith(tuple(names))]
+    if not chosen:
+        raise UserError(f"no notebook starts with {' or '.join(names)}; there are {', '.join(p.stem for p in NOTEBOOKS)}")
+    for path in chosen:
+        start = time.perf_counter()
+        notebook = execute(path)
+        text = nbformat.writes(notebook)
+        write_atomic(path, (text + "\n").encode())
+        print(f"{path.name}: {time.perf_counter() - start:.0f} s, {len(text) // 1000} KB", *complaints(notebook, len(text)), sep="\n    ")
+
+
+if __name__ == "__main__":
+    command(main)
