@@ -1,0 +1,1 @@
+"""Assignment 1: scores and the DMD gradient."""
