@@ -1,0 +1,1 @@
+"""A2: fake score, TTUR and the train step."""

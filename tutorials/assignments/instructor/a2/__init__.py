@@ -1,0 +1,1 @@
+"""Solution of A2, and wrong answers to it."""
