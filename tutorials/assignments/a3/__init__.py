@@ -1,0 +1,1 @@
+"""Assignment A3: the discriminator and its losses."""
