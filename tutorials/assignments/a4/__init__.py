@@ -1,0 +1,1 @@
+"""Assignment 4: what the graders compare with."""
