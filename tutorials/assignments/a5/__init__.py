@@ -1,0 +1,1 @@
+"""A5: backward simulation for k steps."""

@@ -1,0 +1,1 @@
+"""Solution of A5, and wrong answers to it."""
