@@ -4,6 +4,8 @@
     python -m tutorials.run 02 06        those whose names start so
 """
 
+import base64
+import io
 import time
 from pathlib import Path
 
@@ -25,6 +27,17 @@ def execute(path, timeout=1200):
     NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(HERE)}},
                    record_timing=False).execute()
     return notebook
+
+
+def shrink(notebook, colours=96):
+    """Pictures as PNGs of few colours: a third of the size, and no difference to be seen in plots."""
+    from PIL import Image
+
+    for output in (o for c in notebook.cells if c.cell_type == "code" for o in c.outputs):
+        if "image/png" in output.get("data", {}):
+            image = Image.open(io.BytesIO(base64.b64decode(output["data"]["image/png"])))
+            image.convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(buffer := io.BytesIO(), "PNG", optimize=True)
+            output["data"]["image/png"] = base64.b64encode(buffer.getvalue()).decode()
 
 
 def complaints(notebook, size):
@@ -56,6 +69,7 @@ def main(argv=None):
     for path in chosen:
         start = time.perf_counter()
         notebook = execute(path)
+        shrink(notebook)
         text = nbformat.writes(notebook)
         write_atomic(path, (text + "\n").encode())
         print(f"{path.name}: {time.perf_counter() - start:.0f} s, {len(text) // 1000} KB", *complaints(notebook, len(text)), sep="\n    ")
