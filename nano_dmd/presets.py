@@ -27,7 +27,7 @@ class Config:
     bf16: bool = knob(False, "run the networks (not x, not the losses) in bfloat16")
     tf32: bool = knob(True, "allow TensorFloat-32 matrix products and convolutions on CUDA")
     compile: bool = knob(False, "torch.compile the networks: a minute or more at the start, faster steps on CUDA")
-    checkpointing: bool = knob(False, "recompute activations in backward: less memory, one more forward (EDM networks)")
+    checkpointing: bool = knob(False, "recompute activations in backward: less memory, one more forward (EDM, Stable Diffusion)")
 
     teacher: str = knob("digits", "toy:NAME | digits | edm:NAME | FILE.pkl | hub name or folder | a run's folder")
     teacher_steps: int = knob(0, "updates when training the teacher; 0 = its recipe's")
