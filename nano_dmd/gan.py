@@ -24,7 +24,8 @@ class Discriminator(nn.Module):
         channels, *pixels = feature_shape
         layers = []
         while pixels and pixels[0] > 8:
-            layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), nn.GroupNorm(min(32, channels), channels), nn.SiLU()]
+            layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), nn.GroupNorm(min(32, channels), channels)]
+            layers += [nn.SiLU()]
             pixels = [n // 2 for n in pixels]
         size = channels * torch.Size(pixels).numel()
         mlp = [nn.Flatten(), nn.LayerNorm(size), nn.Linear(size, width), nn.SiLU(), nn.Linear(width, 1)]

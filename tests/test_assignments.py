@@ -140,8 +140,9 @@ def hostile(name, task, code):
     return region.sub(lambda m: m[1] + code + "\n", solution(name))
 
 
-@pytest.mark.parametrize("text, said", [("def f(:\n", "SyntaxError at a1.py line 1"), ("import torchh\n", "ModuleNotFoundError at a1.py line 1"),
-                                        ("x = 1\n\nraise ValueError('mine')\n", "ValueError at a1.py line 3: mine"), ("", "AttributeError")])
+@pytest.mark.parametrize("text, said", [
+    ("def f(:\n", "SyntaxError at a1.py line 1"), ("import torchh\n", "ModuleNotFoundError at a1.py line 1"),
+    ("x = 1\n\nraise ValueError('mine')\n", "ValueError at a1.py line 3: mine"), ("", "AttributeError")])
 def test_a_file_that_does_not_load_scores_nothing(text, said, tmp_path):
     for score, _, output in marks(tmp_path, "a1", text, 0).values():
         assert score == 0 and said in output
@@ -173,7 +174,8 @@ def test_grader_complains_in_one_sentence(argv, said, tmp_path, monkeypatch):
 def test_comparisons_explain_themselves():
     import torch
 
-    for got, said in ((3, "should have shape"), ("x", "should be a tensor, got str"), (torch.tensor([1.0, float("nan")]), "finite"),
+    for got, said in ((3, "should have shape"), ("x", "should be a tensor, got str"),
+                      (torch.tensor([1.0, float("nan")]), "finite"),
                       (torch.tensor([1.0, 2.5]), "what is 2.5 where 2 is right; a hint")):
         with pytest.raises(AssertionError, match=said):
             close(got, torch.tensor([1.0, 2.0]), "what", hint="a hint")

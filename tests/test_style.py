@@ -90,7 +90,7 @@ def test_median_function_is_short():
     assert median(lines for name in CONCEPTS for _, lines in functions(concept(name))) <= 12
 
 
-@pytest.mark.parametrize("path", [*FILES, *sorted((ROOT / "tests").glob("*.py"))],
+@pytest.mark.parametrize("path", [*FILES, *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "tutorials").rglob("*.py"))],
                          ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_source_is_plain(path):
     text = path.read_text(encoding="utf-8")

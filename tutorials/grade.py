@@ -27,7 +27,7 @@ def grade_task(known, task, path, seed):
     score, lines = 0, []
     for check, why in zip(known.of(task), answers):
         score += check.points if why is None else 0
-        lines.append(f"{'passed' if why is None else 'FAILED'} ({check.points:g}) {check.title}" + (f"\n    {why}" if why else ""))
+        lines.append(f"{'passed' if why is None else 'FAILED'} ({check.points:g}) {check.title}" + (why and f"\n    {why}" or ""))
     if printed:
         lines.append(f"printed: {printed}")
     return dict(number=task, name=f"{task} {known.tasks[task]}", score=score, max_score=known.points(task),
@@ -55,7 +55,7 @@ def results(tests, seconds, hidden):
 def main(argv=None):
     p = parser("python -m tutorials.grade", __doc__)
     p.add_argument("folder", metavar="DIR")
-    p.add_argument("--assignments", default="", help="a1,a3 for example; a missing file then scores 0 (default: all files in DIR)")
+    p.add_argument("--assignments", default="", help="a1,a3 for example; a missing file scores 0 (default: all files in DIR)")
     p.add_argument("--seed", type=int, default=PUBLIC_SEED, help="of the constants; 0 is public, choose another and keep it")
     p.add_argument("--out", help="write results.json there, for Gradescope")
     p.add_argument("--terse", action="store_true", help="results.json does not say what failed")
@@ -66,8 +66,9 @@ def main(argv=None):
         raise UserError(f"nothing to grade in {args.folder}: no {', '.join(f'{n}.py' for n in NAMES)}")
     tests = []
     for name in names or files:
-        missing = [dict(number=t, name=f"{t} {title}", score=0, max_score=assignment(name).points(t), output=f"{name}.py is missing")
-                   for t, title in assignment(name).tasks.items()]
+        known = assignment(name)
+        missing = [dict(number=t, name=f"{t} {title}", score=0, max_score=known.points(t), output=f"{name}.py is missing")
+                   for t, title in known.tasks.items()]
         tests += grade(name, files[name], args.seed) if name in files else missing
         total = [t for t in tests if t["number"].lower().startswith(name)]
         print("\n".join(f"{t['score']:5g} / {t['max_score']:<3g} {t['name']}\n" + indent(t["output"]) for t in total))

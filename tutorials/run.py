@@ -72,7 +72,8 @@ def main(argv=None):
         shrink(notebook)
         text = nbformat.writes(notebook)
         write_atomic(path, (text + "\n").encode())
-        print(f"{path.name}: {time.perf_counter() - start:.0f} s, {len(text) // 1000} KB", *complaints(notebook, len(text)), sep="\n    ")
+        wrong = complaints(notebook, len(text))
+        print(f"{path.name}: {time.perf_counter() - start:.0f} s, {len(text) // 1000} KB", *wrong, sep="\n    ")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ def explain(error, path):
     if isinstance(error, SystemExit):
         return "the code called exit(); a function returns its result instead"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
-    where = f" at {path.name} line {getattr(error, 'lineno', None) or lines[-1]}" if lines or isinstance(error, SyntaxError) else ""
+    line = getattr(error, "lineno", None) or (lines and lines[-1])
+    where = f" at {path.name} line {line}" if line else ""
     return f"{type(error).__name__}{where}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
 
 
