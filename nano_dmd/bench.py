@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nano_dmd.assemble import is_latent, machine, pick_device
 from nano_dmd.checkpoint import UserError, command
-from nano_dmd.evaluate import median_seconds, table
+from nano_dmd.evaluate import TEACHER_STEPS, latency, median_seconds, table
 from nano_dmd.presets import add_config_flags, parser, resolve
 from nano_dmd.teacher import FromEps
 from nano_dmd.train import critic_requires_grad, prepare, train_step, update
@@ -60,17 +60,9 @@ def bench(cfg, repeats):
         step()
     share = counter.get_total_flops() / parts["whole step"] / matmul_flops(device, cfg.bf16)
     if is_latent(teacher):
-        parts |= latency(nets, batch, repeats)
+        parts["one image"], parts[f"{TEACHER_STEPS} guided steps"] = latency(nets, batch, repeats)
     return {f"{k} ms": 1000 * v for k, v in parts.items()} | {
         "images/s": cfg.batch / parts["whole step"], "peak %": 100 * share, "memory MiB": machine(device)["peak_memory_mib"]}
-
-
-@torch.no_grad()
-def latency(nets, batch, repeats, calls=50):
-    """Seconds of one image by the student, and by the teacher it replaces: `calls` times one guided call, measured."""
-    z, cond, sigma = batch.z[:, :1], batch.cond[:1], batch.z.new_ones(1)
-    guided = median_seconds(lambda: nets.real(z[0], sigma, cond), z.device, repeats)
-    return {"one image": median_seconds(lambda: nets.generator(z, cond), z.device, repeats), f"{calls} guided": calls * guided}
 
 
 def main(argv=None):

@@ -96,6 +96,25 @@ def cifar10(name):
     return data.targets, len(data), data.data.transpose(0, 3, 1, 2)
 
 
+def image_files(folder):
+    """All image files in a folder and the folders in it, in the order of their names.  raises UserError if there is none."""
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (*SUFFIXES, ".webp"))
+    if not files:
+        raise UserError(f"no images in {folder}: give a folder that holds .png, .jpg or .webp files")
+    return files
+
+
+def middle_square(file, side):
+    """uint8 (side, side, 3): the middle square of an image, file or PIL image, by Lanczos."""
+    from PIL import Image, ImageOps
+
+    try:
+        image = (file if isinstance(file, Image.Image) else Image.open(file)).convert("RGB")
+    except (OSError, SyntaxError, ValueError) as e:               # PIL's complaints
+        raise UserError(f"cannot read the image {file}: {first_line(e)}") from e
+    return np.array(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))
+
+
 def list_folder(path):
     """(image names, their class numbers) of a folder: its folders are the classes, sorted by name; None without any."""
     folders = sorted(e.name for e in os.scandir(path) if e.is_dir() and not e.name.startswith("."))
@@ -156,6 +175,18 @@ def decode(names, read, path):
         yield np.atleast_3d(image).transpose(2, 0, 1)
 
 
+def write_rows(path, count, rows):
+    """count arrays of one shape and dtype as the rows of one .npy, without holding them all; safely on the disk."""
+    with open(path, "wb") as f:                                   # not a mapped file: a full disk would kill the process
+        for i, row in enumerate(rows):
+            if i == 0:
+                header = dict(descr=row.dtype.str, fortran_order=False, shape=(count, *row.shape))
+                np.lib.format.write_array_header_1_0(f, header)
+            f.write(row.tobytes())
+        f.flush()
+        os.fsync(f.fileno())
+
+
 def write_images(folder, labels, count, images):
     """images.npy and labels.npy (empty for None) in a new folder: complete, or no folder at all."""
     try:
@@ -163,14 +194,7 @@ def write_images(folder, labels, count, images):
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".data-", suffix=".tmp") as tmp:
             (new := Path(tmp) / "new").mkdir()
             np.save(new / "labels.npy", np.array([] if labels is None else labels, dtype=np.int64))
-            with open(new / "images.npy", "wb") as f:             # not a mapped file: a full disk would kill the process
-                for i, pixels in enumerate(tqdm(images, "decoding images", count)):
-                    if i == 0:
-                        shape = (count, *pixels.shape)
-                        np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=shape))
-                    f.write(pixels.tobytes())
-                f.flush()
-                os.fsync(f.fileno())
+            write_rows(new / "images.npy", count, tqdm(images, "decoding images", count))
             os.replace(new, folder)
     except OSError as e:
         if not folder.exists():                                   # else another process was faster

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from nano_dmd import fid
+from nano_dmd import fid, text_metrics
 from nano_dmd.assemble import find_data, is_latent, pick_device
 from nano_dmd.checkpoint import UserError, cache_dir, command, load_tensors, load_weights, save_tensors
 from nano_dmd.data import TensorData, load_data
@@ -207,20 +207,29 @@ def rows(generator, teacher, data, label, draws=5, images=2000):
     return result
 
 
-@torch.no_grad()
-def latent_rows(nets, teacher, draw, cfg, calls=50):
-    """{"teacher", method: {metric: number}} of Stable Diffusion: one image at a time, and the statistics of the latents.
+TEACHER_STEPS = 50                                                # of a usual Stable Diffusion sampler, one guided call each
 
-    The teacher's latency is one guided call, measured, times the 50 of a usual sampler. For FID and CLIP score see --metric.
-    """
-    batch, device = draw(), torch.device(draw.device)
+
+@torch.no_grad()
+def latency(nets, batch, repeats):
+    """Seconds for one image: (the student, the teacher it replaces, TEACHER_STEPS times one guided call, measured)."""
     z, cond, sigma = batch.z[:, :1], batch.cond[:1], batch.z.new_ones(1)
-    student = median_seconds(lambda: nets.ema(z, cond), device, 3)
-    guided = median_seconds(lambda: nets.real(z[0], sigma, cond), device, 3)
-    x = nets.ema(batch.z, batch.cond)
-    return {"teacher": {"NFE": 2 * calls if cfg.guidance != 1 else calls, "ms per image": 1000 * calls * guided},
-            cfg.method: {"NFE": len(z), "ms per image": 1000 * student, "latent mean": x.mean().item(),
-                         "latent std": x.std().item(), "speed-up": calls * guided / student}}
+    guided = median_seconds(lambda: nets.real(z[0], sigma, cond), z.device, repeats)
+    return median_seconds(lambda: nets.ema(z, cond), z.device, repeats), TEACHER_STEPS * guided
+
+
+@torch.no_grad()
+def latent_rows(nets, teacher, draw, cfg):
+    """{"teacher", method: {metric: number}} of Stable Diffusion: latency, and the statistics of the latents.
+
+    For FID and CLIP score see --metric.
+    """
+    batch = draw()
+    (student, slow), x = latency(nets, batch, 3), nets.ema(batch.z, batch.cond)
+    calls = TEACHER_STEPS * (2 if cfg.guidance != 1 else 1)
+    return {"teacher": {"NFE": calls, "ms per image": 1000 * slow},
+            cfg.method: {"NFE": len(batch.z), "ms per image": 1000 * student, "latent mean": x.mean().item(),
+                         "latent std": x.std().item(), "speed-up": slow / student}}
 
 
 def quick(generator, data, images):
@@ -274,9 +283,11 @@ def inception_rows(cfg, teacher, generator, args, device):
     return {cfg.method: {m: mean(v) for m, v in values.items()}} | spread
 
 
-def text_metrics(cfg, teacher, generator, args, device):
-    """{metric: number} of a Stable Diffusion student on args.n prompts (in turn), seed = number of the image; text_metrics.py."""
-    from nano_dmd import text_metrics
+def text_rows(cfg, teacher, generator, args, device):
+    """{method: {metric: number}} of a Stable Diffusion student on args.n prompts in turn; seed = number of the image.
+
+    See text_metrics.py.
+    """
     from nano_dmd.stable_diffusion import read_prompts
 
     wanted = (args.metric or "").split(",")
@@ -292,7 +303,8 @@ def text_metrics(cfg, teacher, generator, args, device):
     captions = [prompts.texts[i % len(prompts)] for i in range(args.n)]
     with torch.no_grad():
         images = (one(seed) for seed in tqdm(range(args.n), "images"))
-        return text_metrics.measure(images, captions, wanted, args.reference, device, args.inception_weights, args.clip_model)
+        return {cfg.method: text_metrics.measure(images, captions, wanted, args.reference, device, args.inception_weights,
+                                                 args.clip_model)}
 
 
 def main(argv=None):
@@ -306,7 +318,7 @@ def main(argv=None):
     p.add_argument("--reference", help="for those metrics: an .npz of EDM's fid-refs, or a data set (default: the run's)")
     p.add_argument("--inception-weights", help="torch-fidelity's Inception weights (default: downloaded once)")
     p.add_argument("--prompts", help="fid and clip of Stable Diffusion students: captions, one to a line (default: the run's)")
-    p.add_argument("--clip-model", default="laion/CLIP-ViT-g-14-laion2B-s12B-b42K", help="for clip: hub name or folder")
+    p.add_argument("--clip-model", default=text_metrics.CLIP, help="for clip: hub name or folder")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda")
     args = p.parse_args(argv)
     device = pick_device(args.device)
@@ -318,7 +330,7 @@ def main(argv=None):
         print(table(inception_rows(cfg, teacher, generator, args, device)))
         return
     if is_latent(teacher):
-        print(table({cfg.method: text_metrics(cfg, teacher, generator, args, device)}))
+        print(table(text_rows(cfg, teacher, generator, args, device)))
         return
     result = rows(generator, teacher, find_data(cfg, teacher, device), cfg.method, args.draws, cfg.eval_images)
     if args.metric and args.metric not in result[cfg.method]:

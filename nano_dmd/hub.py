@@ -73,16 +73,16 @@ def convert(name, folder):
                                         classes=config.get("num_class_embeds") or 0, seconds=0, cpu_seconds=0))
 
 
-def part(kind, name, subfolder):
-    """kind.from_pretrained of a pipeline's subfolder, or of a bare model's own folder."""
+def part(kind, name, subfolder, wanted="diffusers pipeline with a UNet2DModel"):
+    """kind.from_pretrained of a pipeline's subfolder, or of a bare model's own folder; raises UserError asking for a `wanted`."""
     problems = []
     for where in ({"subfolder": subfolder}, {}):
         try:
             return kind.from_pretrained(name, **where)
         except Exception as e:                                    # hub, network, json, weights: no common base class
             problems.append(first_line(e))
-    raise UserError(f"cannot load the {subfolder} of {name}: {problems[0]}; give a diffusers pipeline with a UNet2DModel, "
-                    "on the hub (needs a network the first time) or as a local folder")
+    raise UserError(f"cannot load the {subfolder} of {name}: {problems[0]}; give a {wanted}, on the hub (needs a network "
+                    "the first time) or as a local folder")
 
 
 def lpips(device):

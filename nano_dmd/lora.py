@@ -9,23 +9,9 @@ import copy
 
 from nano_dmd.checkpoint import UserError
 
-ALPHA = 8  # the update is ALPHA / rank * B A, as in DMD2 (rank 64)
-TARGETS = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "proj_in",
-    "proj_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "conv1",
-    "conv2",
-    "conv_shortcut",
-    "downsamplers.0.conv",
-    "upsamplers.0.conv",
-    "time_emb_proj",
-)  # DMD2 sd_unified_model.py:44-69
+ALPHA = 8                                                         # the update is ALPHA / rank * B A, as in DMD2 (rank 64)
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
+           "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")   # DMD2 sd_unified_model.py:44-69
 
 
 def sharing_copy(module):
@@ -52,5 +38,5 @@ def trainable_copy(denoiser, rank=0):
     twin.net.unet.add_adapter(LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=list(TARGETS)))
     for p in twin.parameters():
         if p.requires_grad:
-            p.data = p.data.float()  # whatever precision the frozen weights are kept in
+            p.data = p.data.float()                               # whatever precision the frozen weights are kept in
     return twin.eval()

@@ -9,7 +9,6 @@ Text encoder and VAE encoder run once, before training; what they said is kept i
 
 import hashlib
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -17,22 +16,18 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from nano_dmd import hub
 from nano_dmd.checkpoint import UserError, cache_dir, first_line, unwritable
-from nano_dmd.noise import PROCESS
+from nano_dmd.data import image_files, middle_square, write_rows
+from nano_dmd.noise import PROCESS, sd_sigmas
 from nano_dmd.teacher import FromEps, FromV, Teacher
 
 # Networks of the published sizes with random weights and made-up embeddings: to measure speed and memory, nothing else.
 RANDOM = {
     "random:sd15": dict(sample_size=64, cross_attention_dim=768),
-    "random:tiny": dict(
-        sample_size=8,
-        cross_attention_dim=32,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ),
+    "random:tiny": dict(sample_size=8, cross_attention_dim=32, block_out_channels=(32, 64), layers_per_block=1,
+                        attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")),
 }
 NEEDS = 'Stable Diffusion needs more packages ({}): pip install "nano_dmd[sd]"'
 
@@ -72,100 +67,56 @@ def pipeline_class(name):
     """The class that a diffusers folder or hub name declares, "" if there is none to be seen."""
     from diffusers import DiffusionPipeline
 
-    if not (
-        Path(name, "model_index.json").is_file() or re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.is_dir()
-    ):
-        return ""
     try:
         return DiffusionPipeline.load_config(name).get("_class_name", "")
-    except Exception:  # hub, network, json: whoever loads it next says what is wrong
+    except Exception:                                             # hub, network, json: whoever loads it next says what is wrong
         return ""
 
 
-def load(name, device, size=0):
-    """The Teacher in a diffusers folder, on the hub or random:sd15; size = pixels of a side, 0 = what it was trained for.
-
-    raises UserError if it is not Stable Diffusion 1 or 2, or cannot be read
-    """
+def load(name, device):
+    """The Teacher in a diffusers folder, on the hub or of RANDOM.  raises UserError if it is not Stable Diffusion 1 or 2."""
     from diffusers import UNet2DConditionModel
 
     if name in RANDOM:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            unet, kind, decode = UNet2DConditionModel(**RANDOM[name]), "epsilon", None
+            unet, kind, sigmas, decode = UNet2DConditionModel(**RANDOM[name]), "epsilon", sd_sigmas(), None
     else:
-        unet, kind, decode = read_parts(name, device)
+        unet, kind, sigmas, decode = read_parts(name, device)
     net = TextUNet(unet, Prompts(name, [""])[torch.zeros(1, dtype=torch.long)])
-    sigmas = net_sigmas(name)
     denoiser = {"epsilon": FromEps, "v_prediction": FromV}[kind](net, 1 / (1 + sigmas.double() ** 2)).to(device)
-    side = size // 8 or unet.config.sample_size
     # the published losses are plain errors in what the network predicts: in x0 that is 1/sigma^2, and 1/sigma^2 + 1 for v
     sigma_data = {"epsilon": float("inf"), "v_prediction": 1.0}[kind]
-    recipe = dict(
-        network="stable_diffusion",
-        source=name,
-        shape=[4, side, side],
-        classes=0,
-        data="",
-        sigma_data=sigma_data,
-        seconds=0,
-        cpu_seconds=0,
-    )
-    return Teacher(
-        denoiser,
-        (4, side, side),
-        0,
-        sigma_data,
-        "",
-        denoiser.requires_grad_(False).eval(),
-        recipe,
-        (sigmas[0].item(), sigmas[-1].item()),
-        decode,
-    )
+    shape = (4, unet.config.sample_size, unet.config.sample_size)
+    recipe = dict(network="stable_diffusion", source=name, shape=list(shape), classes=0, data="", sigma_data=sigma_data,
+                  seconds=0, cpu_seconds=0)
+    return Teacher(denoiser, shape, 0, sigma_data, "", denoiser.requires_grad_(False).eval(), recipe,
+                   (sigmas[0].item(), sigmas[-1].item()), decode)
 
 
-def part(kind, name, subfolder, **options):
+def part(kind, name, subfolder):
     """kind.from_pretrained of one subfolder; raises UserError naming it."""
-    try:
-        return kind.from_pretrained(name, subfolder=subfolder, **options)
-    except Exception as e:  # hub, network, json, weights: no common base class
-        raise UserError(
-            f"cannot load the {subfolder} of {name}: {first_line(e)}; give a Stable Diffusion 1.5 pipeline, on the "
-            "hub (needs a network the first time) or as a local folder"
-        ) from e
+    return hub.part(kind, name, subfolder, "Stable Diffusion 1.5 pipeline")
 
 
 def read_parts(name, device):
-    """(U-Net, what it predicts, decode) of a pipeline."""
+    """(U-Net, what it predicts, its (1000,) noise levels, decode) of a pipeline."""
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
-    kind = part(DDPMScheduler, name, "scheduler").config.prediction_type
-    try:  # before gigabytes are loaded
+    scheduler = part(DDPMScheduler, name, "scheduler")
+    try:                                                          # before gigabytes are loaded
         config = UNet2DConditionModel.load_config(name, subfolder="unet")
     except Exception as e:
         raise UserError(f"cannot load the unet of {name}: {first_line(e)}; is it a Stable Diffusion 1.5 pipeline?") from e
-    added, channels = config.get("addition_embed_type"), config.get("in_channels")
+    kind, added, channels = scheduler.config.prediction_type, config.get("addition_embed_type"), config.get("in_channels")
     if added or channels != 4 or kind not in ("epsilon", "v_prediction"):
-        raise UserError(
-            f"{name} is not Stable Diffusion 1 or 2 (in_channels {channels}, predicts {kind}, added conditions {added}): "
-            "SDXL, inpainting and newer models are not supported"
-        )
-    return part(UNet2DConditionModel, name, "unet"), kind, decoder(lambda: part(AutoencoderKL, name, "vae"), device)
-
-
-def net_sigmas(name):
-    """(T,) ascending noise levels of the model's own training schedule."""
-    from diffusers import DDPMScheduler
-
-    from nano_dmd.noise import sd_sigmas
-
-    if name in RANDOM:
-        return sd_sigmas()
-    abar = part(DDPMScheduler, name, "scheduler").alphas_cumprod.double()
-    found = ((1 - abar) / abar).sqrt()
-    if found.shape != (1000,) or not torch.allclose(found, sd_sigmas().double(), rtol=1e-3):
+        raise UserError(f"{name} is not Stable Diffusion 1 or 2 (in_channels {channels}, predicts {kind}, "
+                        f"added conditions {added}): SDXL, inpainting and newer models are not supported")
+    abar = scheduler.alphas_cumprod.double()
+    sigmas = ((1 - abar) / abar).sqrt()
+    if sigmas.shape != (1000,) or not torch.allclose(sigmas, sd_sigmas().double(), rtol=1e-3):
         raise UserError(f"{name} has another noise schedule than Stable Diffusion 1 and 2: sd(first,last) would not fit it")
-    return found
+    return part(UNet2DConditionModel, name, "unet"), kind, sigmas, decoder(lambda: part(AutoencoderKL, name, "vae"), device)
 
 
 def decoder(load_vae, device):
@@ -177,7 +128,7 @@ def decoder(load_vae, device):
         if not kept:
             kept.append(load_vae().requires_grad_(False).eval())
         vae = kept[0].to(device)
-        x = [vae.decode(part / vae.config.scaling_factor).sample.clamp(-1, 1).cpu() for part in latents.to(device).split(4)]
+        x = [vae.decode(some / vae.config.scaling_factor).sample.clamp(-1, 1).cpu() for some in latents.to(device).split(4)]
         vae.cpu()
         return torch.cat(x)
 
@@ -195,7 +146,7 @@ class Prompts:
         key = hashlib.sha256(json.dumps([model, texts]).encode()).hexdigest()[:10]
         path = cache_dir() / f"text-{key}.npy"
         if not path.exists():
-            write_rows(path, len(texts), embeddings(model, texts))
+            write_once(path, len(texts), embeddings(model, texts))
         self.table = np.load(path, mmap_mode="r")
 
     def __len__(self):
@@ -209,7 +160,7 @@ def embeddings(model, texts, batch=32):
     """Yield a float16 (T, C) array per text.  raises UserError without the packages; says so where a text is cut."""
     if model in RANDOM:
         width = RANDOM[model]["cross_attention_dim"]
-        for text in texts:  # made up, but the same for the same words
+        for text in texts:                                        # made up, but the same for the same words
             seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
             yield np.random.default_rng(seed).standard_normal((77, width)).astype(np.float16)
         return
@@ -229,16 +180,12 @@ def embeddings(model, texts, batch=32):
         print(f"WARNING: {cut} of {len(texts)} prompts are longer than {length} tokens; the rest of each was cut off")
 
 
-def write_rows(path, count, rows):
-    """count equally shaped float16 arrays as one .npy: complete, or no file at all."""
+def write_once(path, count, rows):
+    """data.write_rows to a cache file: complete, or no file at all."""
     tmp = path.with_name(f".{path.name}.{PROCESS['rank']}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(tmp, "wb") as f:
-            for i, row in enumerate(rows):
-                if i == 0:
-                    np.lib.format.write_array_header_1_0(f, dict(descr="<f2", fortran_order=False, shape=(count, *row.shape)))
-                f.write(np.ascontiguousarray(row).tobytes())
+        write_rows(tmp, count, rows)
         tmp.replace(path)
     except OSError as e:
         raise unwritable(path, e) from e
@@ -269,7 +216,7 @@ class Latents:
         stamp = [model, side, [(str(f.name), f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
         path = cache_dir() / f"latents-{hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:10]}.npy"
         if not path.exists():
-            write_rows(path, len(files), moments(model, files, side, device))
+            write_once(path, len(files), moments(model, files, side, device))
         self.table, self.prompts = np.load(path, mmap_mode="r"), Prompts(model, captions)
 
     def __len__(self):
@@ -284,23 +231,17 @@ class Latents:
 
 def captioned(folder):
     """(image files, captions) of a folder: NAME.txt beside each image, or metadata.jsonl with file_name and text."""
-    folder = Path(folder)
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-    if not files:
-        raise UserError(f"no images in {folder}: give a folder of images with captions")
+    folder, files = Path(folder), image_files(folder)
     listed = folder / "metadata.jsonl"
     if listed.is_file():
         rows = {r["file_name"]: r["text"] for r in map(json.loads, listed.read_text(encoding="utf-8").splitlines())}
         captions = [rows.get(str(f.relative_to(folder))) for f in files]
     else:
-        captions = [
-            f.with_suffix(".txt").read_text(encoding="utf-8").strip() if f.with_suffix(".txt").is_file() else None for f in files
-        ]
+        beside = [f.with_suffix(".txt") for f in files]
+        captions = [t.read_text(encoding="utf-8").strip() if t.is_file() else None for t in beside]
     if None in captions:
-        raise UserError(
-            f"{sum(c is None for c in captions)} of {len(files)} images have no caption, {files[captions.index(None)]} for "
-            "example: put NAME.txt beside each image, or a metadata.jsonl with file_name and text in the folder"
-        )
+        raise UserError(f"{captions.count(None)} of {len(files)} images have no caption, {files[captions.index(None)]} for "
+                        "example: put NAME.txt beside each image, or a metadata.jsonl with file_name and text in the folder")
     return files, captions
 
 
@@ -308,12 +249,10 @@ def captioned(folder):
 def moments(model, files, side, device):
     """Yield the VAE's (8, h, w) mean and log-variance of each image, scaled as latents are; centre-cropped to a square."""
     from diffusers import AutoencoderKL
-    from PIL import Image, ImageOps
 
     vae = part(AutoencoderKL, model, "vae").to(device).eval()
     for file in tqdm(files, "encoding images"):
-        image = ImageOps.fit(Image.open(file).convert("RGB"), (side, side), Image.Resampling.LANCZOS)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device) / 127.5 - 1
+        pixels = torch.from_numpy(middle_square(file, side)).permute(2, 0, 1)[None].to(device) / 127.5 - 1
         found = vae.encode(pixels).latent_dist
         scale = vae.config.scaling_factor
         yield torch.cat([found.mean * scale, found.logvar + 2 * np.log(scale)], 1)[0].cpu().numpy().astype(np.float16)

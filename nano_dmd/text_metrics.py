@@ -8,47 +8,26 @@ image and "A photo depicts" + caption under OpenCLIP's ViT-g-14.
 Differs: Inception and Frechet distance by torch-fidelity (there clean-fid), so compare among runs measured here.
 """
 
-from pathlib import Path
-
-import numpy as np
 import torch
 
 from nano_dmd import fid
 from nano_dmd.checkpoint import UserError, first_line
+from nano_dmd.data import image_files, middle_square
 
 CLIP = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
 PREFIX = "A photo depicts "
 
 
-def resized(images, side=256):
-    """uint8 (B, 3, side, side) of images (B, 3, H, W) in [-1, 1], by Pillow's Lanczos."""
+def pil_images(images):
+    """PIL images of (B, 3, H, W) in [-1, 1]."""
     from torchvision.transforms.functional import to_pil_image
 
-    pictures = [to_pil_image(x) for x in (images.cpu() + 1) / 2]
-    return torch.stack([to_bytes(p, side) for p in pictures])
+    return [to_pil_image(x) for x in (images.cpu() + 1) / 2]
 
 
-def to_bytes(image, side):
-    """uint8 (3, side, side) of a PIL image, its middle square, by Lanczos."""
-    from PIL import Image, ImageOps
-
-    return torch.from_numpy(np.array(ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS))).permute(2, 0, 1)
-
-
-def image_files(folder):
-    """All images of a folder, in the order of their names.  raises UserError if there is none."""
-    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-    if not files:
-        raise UserError(f"no images in {folder}: give --reference a folder of real images, or an .npz of their moments")
-    return files
-
-
-def real_images(files, side=256, batch=50):
-    """uint8 batches of images in files."""
-    from PIL import Image
-
-    for i in range(0, len(files), batch):
-        yield torch.stack([to_bytes(Image.open(f), side) for f in files[i : i + batch]])
+def squares(images, side=256):
+    """uint8 (B, 3, side, side) of files or PIL images: their middle squares, by Lanczos."""
+    return torch.stack([torch.from_numpy(middle_square(v, side)).permute(2, 0, 1) for v in images])
 
 
 class ClipScore:
@@ -60,21 +39,17 @@ class ClipScore:
 
             self.model = CLIPModel.from_pretrained(name).to(device).eval()
             self.tokenizer, self.processor = CLIPTokenizer.from_pretrained(name), CLIPImageProcessor.from_pretrained(name)
-        except Exception as e:  # not installed, hub, network, weights: no common base class
-            raise UserError(
-                f'cannot load the CLIP model {name} ({first_line(e)}): pip install "nano_dmd[sd]", and give --clip-model a '
-                "hub name (needs a network the first time) or a local folder"
-            ) from e
+        except Exception as e:                                    # not installed, hub, network, weights: no common base class
+            raise UserError(f'cannot load the CLIP model {name} ({first_line(e)}): pip install "nano_dmd[sd]", and give '
+                            "--clip-model a hub name (needs a network the first time) or a local folder") from e
         self.device, self.cosines = device, []
 
     @torch.no_grad()
     def add(self, images, captions):
-        from torchvision.transforms.functional import to_pil_image
-
-        pixels = self.processor([to_pil_image(x) for x in (images.cpu() + 1) / 2], return_tensors="pt").pixel_values
+        pixels = self.processor(pil_images(images), return_tensors="pt").pixel_values
         words = self.tokenizer([PREFIX + c for c in captions], padding=True, truncation=True, return_tensors="pt")
         found = self.model(pixel_values=pixels.to(self.device), **words.to(self.device))
-        self.cosines.append((found.image_embeds * found.text_embeds).sum(1).cpu())  # both of unit length
+        self.cosines.append((found.image_embeds * found.text_embeds).sum(1).cpu())     # both of unit length
 
     def mean(self):
         return torch.cat(self.cosines).mean().item()
@@ -91,9 +66,10 @@ def measure(images, captions, wanted, reference, device, inception_weights=None,
         if score:
             score.add(x, captions[seen : seen + len(x)])
         if "fid" in wanted:
-            small.append(resized(x))
+            small.append(squares(pil_images(x)))
         seen += len(x)
     result = {}
     if "fid" in wanted:
-        result |= fid.inception_metrics(small, reference if moments else real_images(files), ["fid"], device, inception_weights)
+        real = reference if moments else (squares(files[i : i + 50]) for i in range(0, len(files), 50))
+        result |= fid.inception_metrics(small, real, ["fid"], device, inception_weights)
     return result | ({"clip": score.mean()} if score else {})

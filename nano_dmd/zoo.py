@@ -122,7 +122,8 @@ def stable_diffusion_of(name):
         return ""
     from nano_dmd.stable_diffusion import RANDOM, pipeline_class
 
-    return name if name in RANDOM or pipeline_class(name).startswith("StableDiffusion") else ""
+    found = name in RANDOM or may_be_pipeline(name) and pipeline_class(name).startswith("StableDiffusion")
+    return name if found else ""
 
 
 def folder_of(name):
@@ -140,13 +141,18 @@ def folder_of(name):
         if not (folder / "teacher.safetensors").exists():         # the only metrics of others' data are CIFAR-10's
             convert(file, folder, data="cifar10" if "cifar10" in file.name else "")
         return folder
-    on_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.is_dir()  # runs/typo is not OWNER/MODEL
-    if on_the_hub or (path / "model_index.json").is_file() or "UNet2DModel" in text_of(path / "config.json"):
+    if may_be_pipeline(name) or "UNet2DModel" in text_of(path / "config.json"):
         from nano_dmd.hub import fetch_diffusers
 
         return fetch_diffusers(name)
     raise UserError(f"no teacher {name!r}: use toy:NAME, {', '.join(r for r in RECIPES if r != 'toy')}, edm:NAME, a .pkl of "
                     "EDM's, the folder of a run that trained one, or a diffusers pipeline with a UNet2DModel")
+
+
+def may_be_pipeline(name):
+    """A folder with a diffusers pipeline, or a name that the hub could know: runs/typo is not OWNER/MODEL."""
+    on_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.is_dir()
+    return bool(on_the_hub) or (Path(name) / "model_index.json").is_file()
 
 
 def text_of(path):

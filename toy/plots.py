@@ -122,8 +122,13 @@ def palette(steps=12):
 def save_movie(path, frames, milliseconds=150, pause=2500):
     """Write PIL images as an endless GIF that rests on the last one."""
     colours = palette()
-    first, *rest = [frame.quantize(palette=colours, dither=0) for frame in frames]
+    write_atomic(path, gif([frame.quantize(palette=colours, dither=0) for frame in frames], milliseconds, pause))
+
+
+def gif(images, milliseconds, pause):
+    """The bytes of an endless GIF of PIL images in palette mode; rests on the last one."""
+    first, *rest = images
     buffer = io.BytesIO()
     first.save(buffer, "GIF", save_all=True, append_images=rest, loop=0, optimize=True,
                duration=[milliseconds] * len(rest) + [pause])
-    write_atomic(path, buffer.getvalue())
+    return buffer.getvalue()

@@ -27,7 +27,8 @@ def grade_task(known, task, path, seed):
     score, lines = 0, []
     for check, why in zip(known.of(task), answers):
         score += check.points if why is None else 0
-        lines.append(f"{'passed' if why is None else 'FAILED'} ({check.points:g}) {check.title}" + (why and f"\n    {why}" or ""))
+        lines.append(f"{'passed' if why is None else 'FAILED'} ({check.points:g}) {check.title}")
+        lines += [f"    {why}"] if why else []
     if printed:
         lines.append(f"printed: {printed}")
     return dict(number=task, name=f"{task} {known.tasks[task]}", score=score, max_score=known.points(task),

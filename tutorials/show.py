@@ -4,13 +4,11 @@ One colour each, in every figure: REAL the target and its score, FAKE the studen
 teacher samples in many steps, GRADIENT the direction in which a method moves samples.
 """
 
-import io
-
 import matplotlib.pyplot as plt
 import torch
 from IPython.display import Image
 
-from toy.plots import (FAKE, GRADIENT, REAL, TEACHER, lattice, plot_field, plot_plane, plot_points, to_image,  # noqa: F401
+from toy.plots import (FAKE, GRADIENT, REAL, TEACHER, gif, lattice, plot_field, plot_plane, plot_points, to_image,  # noqa: F401
                        typical_length, visits)
 
 plt.rcParams.update({"figure.dpi": 72, "axes.grid": True, "grid.alpha": 0.3, "figure.constrained_layout.use": True,
@@ -51,10 +49,7 @@ def movie(draw, frames, columns=1, milliseconds=150, width=3.4, height=3.2):
         draw(axes, frame)
         images.append(to_image(fig).quantize(48))
     plt.close(fig)
-    buffer = io.BytesIO()
-    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], loop=0, optimize=True,
-                   duration=[milliseconds] * (len(images) - 1) + [1500])
-    return Image(data=buffer.getvalue(), format="gif")
+    return Image(data=gif(images, milliseconds, pause=1500), format="gif")
 
 
 def check(answer, right, rtol=0.02):
