@@ -114,9 +114,10 @@ def cached_pairs(cfg, teacher, device, prompts=None):
 
     cond is a class, or the number of a prompt.
     """
-    shared = teacher.denoiser is teacher.net and not is_latent(teacher)
-    source = [weights_digest(teacher.net) if shared else cfg.teacher] + ([prompts.texts, cfg.guidance] if prompts else [])
-    source = source[0] if len(source) == 1 else source
+    if prompts:
+        source = cfg.teacher, prompts.texts, cfg.guidance
+    else:
+        source = weights_digest(teacher.net) if teacher.denoiser is teacher.net else cfg.teacher
     key = hashlib.sha256(f"{cfg.pairs} {cfg.pair_steps} {cfg.pair_sigma} {source}".encode()).hexdigest()[:10]
     path = cache_dir() / f"pairs-{key}.safetensors"
     if not path.exists():
@@ -125,7 +126,7 @@ def cached_pairs(cfg, teacher, device, prompts=None):
         kinds = len(prompts) if prompts else teacher.classes
         cond = torch.randint(kinds, (cfg.pairs,), generator=rng).to(device) if kinds else None
         batch = 10_000 if len(teacher.shape) == 1 else 8 if prompts else 500
-        args = dict(steps=cfg.pair_steps, sigma_min=teacher.sigmas[0], sigma_max=min(cfg.pair_sigma, teacher.sigmas[1]))
+        args = dict(steps=cfg.pair_steps, sigma_min=teacher.sigmas[0], sigma_max=cfg.pair_sigma)
         x = make_pairs(guided_by(teacher, cfg, prompts), z, cond, batch, **args)
         save_tensors(path, {"z": z, "x": x} | ({"cond": cond} if kinds else {}))
     return {k: v.to(device) for k, v in load_tensors(path).items()}
@@ -151,10 +152,13 @@ def build(cfg, teacher, device):
     z, cond = torch.zeros(2, *teacher.shape, device=device), torch.zeros(2, dtype=torch.long, device=device)
     with torch.no_grad():
         features = fake.features(z, z.new_ones(2), cond if teacher.classes else None)
-    discriminator = Discriminator(features.shape[1:]).to(device) if cfg.w_disc or not is_latent(teacher) else torch.nn.Identity()
-    ema = sharing_copy(generator).requires_grad_(False) if cfg.ema or not is_latent(teacher) else generator
+    # drawn without GAN too, or the same seed would start another run; but not 10 M weights of it
+    discriminator = nn.Identity() if is_latent(teacher) and not cfg.w_disc else Discriminator(features.shape[1:]).to(device)
+    ema = sharing_copy(generator).requires_grad_(False) if cfg.ema else generator
     nets = Nets(RealScore(teacher.denoiser, cfg.guidance), fake, discriminator, generator, ema, teacher.sigma_data)
     if cfg.reg_loss == "lpips" and cfg.method in ("dmd", "regression"):
+        if is_latent(teacher):
+            raise UserError("--reg_loss lpips compares images, and Stable Diffusion's x are latents: use --reg_loss l2")
         from nano_dmd.hub import lpips
 
         nets.lpips = lpips(device)
@@ -216,7 +220,8 @@ class Draw:
         self.k, self.latest = len(cfg.sigma_list()), None
 
     def integers(self, high, n):
-        return rows(lambda n: torch.randint(high, (n,), generator=self.rng), n).to(self.device, non_blocking=True)
+        """On the CPU: to look something up there, the device need not be waited for."""
+        return rows(lambda n: torch.randint(high, (n,), generator=self.rng), n)
 
     def real(self, n):
         """n samples of the data and their labels."""
@@ -226,7 +231,7 @@ class Draw:
 
     def cond(self, index):
         """What the networks are told: the class itself, or the embeddings of that prompt."""
-        return self.prompts[index].to(self.device, non_blocking=True) if self.prompts else index
+        return (self.prompts[index] if self.prompts else index).to(self.device, non_blocking=True)
 
     def dropped(self, cond, n):
         """cond (n, ...) with a share cfg.critic_dropout replaced by "no class" or the empty prompt."""
@@ -248,7 +253,7 @@ class Draw:
         if cfg.w_disc and cfg.method == "dmd2":
             batch.real, batch.real_cond = self.real(n)
         if self.pairs:
-            index = self.integers(len(self.pairs["z"]), n)
+            index = self.integers(len(self.pairs["z"]), n).to(self.device, non_blocking=True)
             batch.pair_z, batch.pair_x = self.pairs["z"][index][None], self.pairs["x"][index]
             batch.pair_cond = self.cond(self.pairs["cond"][index]) if "cond" in self.pairs else None
         return batch

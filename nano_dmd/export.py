@@ -30,7 +30,7 @@ license: other
 ---
 # {steps}-step student of {base}
 
-Distilled by [nano_dmd](https://pypi.org/project/nano-dmd) with method `{method}` (preset `{preset}`): {updates} generator updates
+Distilled by nano_dmd with method `{method}` (preset `{preset}`): {updates} generator updates
 of {batch} prompts, {critics} critic updates each, teacher guidance {guidance}{lora}. No quality was measured by this export.
 
 ```python
@@ -49,10 +49,8 @@ def timesteps(cfg):
     for sigma in cfg.sigma_list():
         index = (table / sigma).log().abs().argmin().item()
         if abs(table[index].item() / sigma - 1) > 1e-4:
-            raise UserError(
-                f"sigma {sigma:g} is not a timestep of Stable Diffusion (the nearest, {index}, is {table[index]:g}): diffusers "
-                "cannot start there; train with --sigmas t999 and the like"
-            )
+            raise UserError(f"sigma {sigma:g} is not a timestep of Stable Diffusion (the nearest, {index}, is {table[index]:g}): "
+                            "diffusers cannot start there; train with --sigmas t999 and the like")
         found.append(index)
     return found
 
@@ -67,9 +65,8 @@ def scheduler(cfg, config):
         if len(steps) > 1:
             raise UserError("several steps without --unit_noise have no counterpart in diffusers: train them with --unit_noise")
         betas = torch.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, 1000, dtype=torch.float64) ** 2
-        shorter = dict(
-            num_train_timesteps=steps[0] + 1, trained_betas=betas[: steps[0] + 1].tolist(), timestep_spacing="trailing"
-        )
+        count = steps[0] + 1
+        shorter = dict(num_train_timesteps=count, trained_betas=betas[:count].tolist(), timestep_spacing="trailing")
         return EulerDiscreteScheduler.from_config(config, **shorter), call
     lcm = LCMScheduler.from_config(config, original_inference_steps=len(steps), timestep_spacing="leading", clip_sample=False)
     lcm.set_timesteps(len(steps))
@@ -115,19 +112,8 @@ def export(run, to):
 
 def card(cfg, source, folder, call):
     lora = f", LoRA of rank {cfg.lora_generator}" if cfg.lora_generator else ""
-    return CARD.format(
-        base=source,
-        steps=len(cfg.sigma_list()),
-        method=cfg.method,
-        preset=cfg.preset,
-        updates=cfg.steps,
-        batch=cfg.batch,
-        critics=cfg.critic_steps,
-        guidance=cfg.guidance,
-        lora=lora,
-        folder=folder,
-        call=call,
-    )
+    return CARD.format(base=source, steps=len(cfg.sigma_list()), method=cfg.method, preset=cfg.preset, updates=cfg.steps,
+                       batch=cfg.batch, critics=cfg.critic_steps, guidance=cfg.guidance, lora=lora, folder=folder, call=call)
 
 
 def main(argv=None):

@@ -1,6 +1,7 @@
 """Stable Diffusion without downloads: a tiny complete pipeline on disk; bench measures the published size."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ from PIL import Image
 
 from nano_dmd import assemble, evaluate, export, sample, text_metrics, train
 from nano_dmd.checkpoint import UserError, load_tensors
-from nano_dmd.fake_score import FakeScore
+from nano_dmd.fake_score import FakeScore, denoising_loss
 from nano_dmd.gan import Discriminator
 from nano_dmd.generator import Generator
 from nano_dmd.lora import sharing_copy
-from nano_dmd.noise import draw_sigma, sd_sigmas
+from nano_dmd.noise import Batch, draw_noise, draw_sigma, sd_sigmas
 from nano_dmd.real_score import RealScore
 from nano_dmd.stable_diffusion import RANDOM, Latents, Prompts, captioned, load, read_prompts
 from nano_dmd.teacher import load_teacher
@@ -250,6 +251,43 @@ def test_first_step_sees_unit_noise(sd):
     assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+@pytest.mark.parametrize("w", [1.0, 1.5])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_critic_loss_is_the_plain_error_of_eps(w, dropped, sd):
+    """mean |eps_u + w (eps_c - eps_u) - noise|^2 (DMD2 sd_guidance.py:257-310; w: SiD-LSG), with the dropped prompts where
+    there are any, to 1e-4; its gradient reaches the fake score."""
+    teacher, unet = load_teacher(sd), UNet2DConditionModel.from_pretrained(sd, subfolder="unet").eval()
+    text, empty = Prompts(sd, PROMPTS)[torch.arange(4)], teacher.net.net.empty
+    nets = SimpleNamespace(fake=FakeScore(teacher.net, guidance=w), sigma_data=teacher.sigma_data)
+    x, cfg = torch.randn(4, 4, 8, 8), SimpleNamespace(critic_sigma="sd(0,999)")
+    seen = torch.cat([text[:2], empty.expand(2, -1, -1)]) if dropped else text
+    torch.manual_seed(1)
+    loss = denoising_loss(x, nets, Batch(x[None], text, fake_cond=seen if dropped else None), cfg)
+    torch.manual_seed(1)
+    sigma = draw_sigma(cfg.critic_sigma, 4, x.device)
+    noise, s = draw_noise(x), sigma[:, None, None, None]
+    t, x_vp = (sd_sigmas()[None] - sigma[:, None]).abs().argmin(1), (x + s * noise) / (1 + s**2).sqrt()
+    with torch.no_grad():
+        c, u = (unet(x_vp, t, encoder_hidden_states=e).sample for e in (seen, empty.expand(4, -1, -1)))
+    assert loss.item() == pytest.approx((u + w * (c - u) - noise).square().mean().item(), rel=1e-4)
+    loss.backward()
+    assert all(p.grad is not None for p in nets.fake.net.net.unet.conv_in.parameters())
+    assert all(p.grad is None for p in teacher.net.parameters())
+
+
+def test_prompts_are_dropped_for_the_critic_alone(sd, prompts):
+    """A share critic_dropout of fake_cond is the empty prompt (5 standard deviations), the rest what cond is; cond keeps all."""
+    cfg = train.resolve(dict(preset="sd15-sid", teacher=sd, prompts=prompts, batch=4000, device="cpu", critic_dropout=0.3))
+    teacher, _, _, draw = train.prepare(cfg, torch.device("cpu"))
+    batch = draw()
+    empty = (batch.fake_cond == teacher.net.net.empty).flatten(1).all(1)
+    assert abs(empty.sum() - 1200) < 5 * (4000 * 0.3 * 0.7) ** 0.5
+    assert torch.equal(batch.fake_cond[~empty], batch.cond[~empty])
+    assert not (batch.cond == teacher.net.net.empty).flatten(1).all(1).any()
+    draw.cfg.critic_dropout = 0.0
+    assert draw().fake_cond is None
+
+
 def test_latents_are_the_vaes(sd, photos):
     """Mean and spread of the draws are the encoder's, scaled; the caption comes along; a second look reads the file."""
     found = Latents(sd, photos, (4, 8, 8), torch.device("cpu"))
@@ -452,6 +490,8 @@ def test_discriminator_takes_large_bottlenecks():
     """12x12 features (768 pixels) are strided down once; one logit per sample."""
     assert Discriminator((32, 12, 12))(torch.randn(3, 32, 12, 12)).shape == (3,)
     assert Discriminator((32, 8, 8))(torch.randn(3, 32, 8, 8)).shape == (3,)
+    inputs = {n: next(m.in_features for m in Discriminator((32, n, n)).head if hasattr(m, "in_features")) for n in (8, 12, 32)}
+    assert inputs == {8: 32 * 64, 12: 32 * 36, 32: 32 * 64}
 
 
 def bad_folder(tmp_path, sd):
@@ -487,6 +527,12 @@ def test_mistakes_get_one_sentence(sd, prompts, photos, tmp_path, fast):
         ["--preset", "sd15-dmd2-gan", "--teacher", sd, "--prompts", prompts, "--data", str(tmp_path / "nothing")], "no images in"
     )
     complain(["--preset", "sd15-dmd2", "--teacher", sd, "--prompts", prompts, "--no-bf16"], "half_frozen")
+    complain(["--preset", "sd15-dmd", "--teacher", sd, "--prompts", prompts, "--reg_loss", "lpips"], "x are latents")
+    (no_captions / "a.txt").write_text("fog")
+    (no_captions / "b.png").write_bytes(b"no image")
+    (no_captions / "b.txt").write_text("fog")
+    flags = ["--preset", "sd15-dmd2-gan", "--teacher", sd, "--prompts", prompts]
+    complain([*flags, "--data", str(no_captions)], "cannot read the image")
     complain(["--preset", "sd15-dmd2", "--sigmas", "t1000", "--teacher", sd, "--prompts", prompts], "sigmas")
     complain(["--preset", "sd15-dmd2", "--dm_sigma", "sd(20,1000)"], "whole timesteps")
     complain(["--preset", "digits", "--lora_critic", "2", "--teacher_steps", "2"], "LoRA is for diffusers' U-Nets")
