@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import sys
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Callable
@@ -22,8 +23,9 @@ from nano_dmd.gan import Discriminator
 from nano_dmd.generator import Generator
 from nano_dmd.lora import sharing_copy
 from nano_dmd.noise import PROCESS, Batch, add_noise, rows
+from nano_dmd.parallel import whole
 from nano_dmd.real_score import RealScore
-from nano_dmd.teacher import heun, load_teacher, make_pairs
+from nano_dmd.teacher import fast_bf16, heun, load_teacher, make_pairs
 from nano_dmd.tracking import tracker
 from nano_dmd.zoo import RECIPES, fit_or_load, weights_digest
 
@@ -146,8 +148,8 @@ def build(cfg, teacher, device):
     generator = Generator(teacher.net, cfg.sigma_list(), cfg.lora_generator, cfg.unit_noise)
     fake = FakeScore(teacher.net, cfg.lora_critic, cfg.fake_guidance)
     for net in (generator.net, fake.net, teacher.net):
-        tune(net, cfg)
-    if cfg.half_frozen:                                           # in place: copies that share these weights follow
+        tune(net, cfg, device)
+    if cfg.half_frozen and fast_bf16(device):                     # in place: copies that share these weights follow
         halve(teacher.net)
     z, cond = torch.zeros(2, *teacher.shape, device=device), torch.zeros(2, dtype=torch.long, device=device)
     with torch.no_grad():
@@ -196,9 +198,9 @@ def halve(denoiser):
         p.data = p.data.bfloat16()
 
 
-def tune(denoiser, cfg):
+def tune(denoiser, cfg, device):
     """Speed and memory of one network, by cfg: precision, recomputation, compilation (in place: names stay)."""
-    denoiser.bf16 = cfg.bf16
+    denoiser.bf16 = cfg.bf16 and fast_bf16(device)
     if cfg.checkpointing:
         if not hasattr(denoiser.net, "checkpointing"):
             raise UserError(f"--checkpointing: {type(denoiser.net).__name__} cannot recompute activations; leave it out")
@@ -260,14 +262,19 @@ class Draw:
 
 
 class Peek:
-    """Fixed noise, the teacher's answer to it, and pictures and numbers of the generator's answer over time."""
+    """Fixed noise, the teacher's answer to it, and pictures and numbers of the generator's answer over time.
 
-    def __init__(self, teacher, cfg, out, device, columns=8, prompts=None):
+    Where weights are sharded no process can look alone: all do the same, and the first `writes`.
+    """
+
+    def __init__(self, teacher, cfg, out, device, columns=8, prompts=None, writes=True):
+        self.writes = writes
         rng, classes = torch.Generator().manual_seed(0), min(teacher.classes, 16)
         n = 20_000 if len(teacher.shape) == 1 else columns // 2 if prompts else (classes or columns) * columns
         self.z = torch.randn(len(cfg.sigma_list()), n, *teacher.shape, generator=rng).to(device)
         self.cond = torch.arange(classes, device=device).repeat_interleave(columns) if classes else None
-        self.columns, self.send, self.decode = n if prompts else columns, tracker(cfg, out), teacher.decode
+        self.columns, self.decode = n if prompts else columns, teacher.decode
+        self.send = tracker(cfg, out) if writes else None
         if prompts:                                               # the first four, one sample each
             index = torch.arange(n, device=device) % len(prompts)
             sample = guided_by(teacher, cfg, prompts)
@@ -280,7 +287,8 @@ class Peek:
     @torch.no_grad()
     def save(self, generator, path, beside_teacher=False):
         panels = [self.teacher] * beside_teacher + [generator(self.z, self.cond)]
-        pictures.save_picture(path, *[self.tile(x) for x in panels])
+        if self.writes:
+            pictures.save_picture(path, *[self.tile(x) for x in panels])
 
     def tile(self, x):
         """One picture of samples; of latents without a decoder, three of their four channels."""
@@ -301,16 +309,27 @@ class Peek:
             xt = add_noise(x, sigma, noise)
             d_real, d_fake = nets.real(xt, sigma, cond), nets.fake(xt, sigma, cond)
             seen.append((x, xt, d_real, d_fake, dmd_gradient(x, d_real, d_fake)))
-        pictures.save_picture(path, pictures.score_grid(seen))
+        if self.writes:
+            pictures.save_picture(path, pictures.score_grid(seen))
+
+
+class Clock:
+    """[CPU, wall] seconds since the start, those of the earlier parts of a resumed run included."""
+
+    def __init__(self, before=(0.0, 0.0)):
+        self.zero = before[0] - time.process_time(), before[1] - time.perf_counter()
+
+    def read(self):
+        return [round(self.zero[0] + time.process_time(), 3), round(self.zero[1] + time.perf_counter(), 3)]
 
 
 def state(cfg, step, seconds, nets, opts, rng):
     """Everything a resumed run needs to go on to the bit.  All processes share one random state, so one saves it."""
     modules = {name: own_state(getattr(nets, name)) for name in ("fake", "discriminator", "generator", "ema")}
     cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
-    return dict(config=asdict(cfg), step=step, seconds=list(seconds), nets=modules, processes=PROCESS["count"],
+    return dict(config=asdict(cfg), step=step, seconds=list(seconds), nets=whole(modules), processes=PROCESS["count"],
                 rng=[torch.get_rng_state(), cuda, rng.get_state()],
-                opts={name: opt.state_dict() for name, opt in opts.items()})
+                opts=whole({name: opt.state_dict() for name, opt in opts.items()}))
 
 
 def restore(saved, nets, opts, rng, path):

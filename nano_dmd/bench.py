@@ -13,7 +13,7 @@ from nano_dmd.assemble import is_latent, machine, pick_device
 from nano_dmd.checkpoint import UserError, command
 from nano_dmd.evaluate import TEACHER_STEPS, latency, median_seconds, table
 from nano_dmd.presets import add_config_flags, parser, resolve
-from nano_dmd.teacher import FromEps
+from nano_dmd.teacher import FromEps, fast_bf16
 from nano_dmd.train import critic_requires_grad, prepare, train_step, update
 
 
@@ -28,11 +28,11 @@ def bench(cfg, repeats):
     device = pick_device(cfg.device)
     teacher, nets, opts, draw = prepare(cfg, device)
     batch = draw()
-    denoiser, c_noise = nets.generator.net, torch.zeros(batch.z.shape[1], device=device)
+    denoiser, c_noise, bf16 = nets.generator.net, torch.zeros(batch.z.shape[1], device=device), nets.generator.net.bf16
     bare = torch.int64 if isinstance(denoiser, FromEps) else torch.float32            # these count timesteps
 
     def net_forward():
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             denoiser.net(batch.z[0], c_noise.to(bare), batch.cond)
 
     def forward():
@@ -58,7 +58,7 @@ def bench(cfg, repeats):
     parts = {name: median_seconds(f, device, repeats) for name, f in functions.items()}
     with FlopCounterMode(display=False) as counter:
         step()
-    share = counter.get_total_flops() / parts["whole step"] / matmul_flops(device, cfg.bf16)
+    share = counter.get_total_flops() / parts["whole step"] / matmul_flops(device, bf16)
     if is_latent(teacher):
         parts["one image"], parts[f"{TEACHER_STEPS} guided steps"] = latency(nets, batch, repeats)
     return {f"{k} ms": 1000 * v for k, v in parts.items()} | {
@@ -78,8 +78,9 @@ def main(argv=None):
     first = next(iter(configs.values()))
     torch.set_num_threads(first.threads or torch.get_num_threads())
     rows = {f"{name} {cfg.critic_steps}:1": bench(cfg, repeats) for name, cfg in configs.items()}
-    print(f"{first.preset}, batch {first.batch}, {pick_device(first.device)}, {torch.get_num_threads()} threads, "
-          f"{'bf16' if first.bf16 else 'fp32'}, torch {torch.__version__}")
+    device = pick_device(first.device)
+    print(f"{first.preset}, batch {first.batch}, {device}, {torch.get_num_threads()} threads, "
+          f"{'bf16' if first.bf16 and fast_bf16(device) else 'fp32'}, torch {torch.__version__}")
     print(table(rows))
 
 

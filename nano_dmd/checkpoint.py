@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import sys
 import tempfile
@@ -174,3 +175,15 @@ def load_checkpoint(path, device="cpu"):
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as e:                                        # zip, pickle and EOF errors share no base class
         raise UserError(f"checkpoint {path} is corrupt or not ours ({first_line(e)}); delete it or restore a copy") from e
+
+
+def trim_log(path, step):
+    """Keep the lines up to a checkpoint's step: what a killed run logged after it will be logged again."""
+    def step_of(line):
+        try:
+            return json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):                 # a line that a kill or a full disk cut short
+            return math.inf
+
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    write_atomic(path, b"".join(line + b"\n" for line in lines if step_of(line) <= step))

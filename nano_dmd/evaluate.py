@@ -31,7 +31,7 @@ from nano_dmd.checkpoint import UserError, cache_dir, command, load_tensors, loa
 from nano_dmd.data import TensorData, load_data
 from nano_dmd.generator import Generator
 from nano_dmd.presets import parser, read_config
-from nano_dmd.teacher import heun, load_teacher
+from nano_dmd.teacher import fast_bf16, heun, load_teacher
 
 
 def frechet(x, y):
@@ -258,7 +258,7 @@ def load_run(folder, device="cpu"):
     cfg, teacher = read_config(folder), load_teacher(str(folder), device)
     generator = Generator(teacher.net, cfg.sigma_list(), cfg.lora_generator, cfg.unit_noise)
     load_weights(generator, load_tensors(folder / "generator.safetensors"), folder / "generator.safetensors")
-    generator.net.bf16 = teacher.net.bf16 = cfg.bf16
+    generator.net.bf16 = teacher.net.bf16 = cfg.bf16 and fast_bf16(device)
     if cfg.teacher.startswith("toy:"):
         teacher = teacher._replace(denoiser=load_data(cfg.teacher, device))
     return cfg, teacher, generator.requires_grad_(False)

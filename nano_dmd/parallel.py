@@ -1,18 +1,22 @@
-"""Several processes, one batch: torchrun starts them, torch's DDP averages their gradients.
+"""Several processes, one batch: torchrun starts them, torch's DDP or FSDP2 averages their gradients.
 
     torchrun --nproc-per-node 8 -m nano_dmd.train --preset cifar10
 
-Every process holds all the networks and works on batch / N samples. All of them draw the same random numbers for
-the joint batch and take their own rows (noise.rows), so that N processes do what one would, up to the order of sums.
+Every process works on batch / N samples. All of them draw the same random numbers for the joint batch and take
+their own rows (noise.rows), so that N processes do what one would, up to the order of sums. Each holds all the
+networks (DDP), or, with --shard, an N-th of each weight, its gradient and its two moments, and borrows the rest from
+the others while a block computes (FSDP2).
 """
 
 import os
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 
 from nano_dmd import noise
 from nano_dmd.checkpoint import UserError
@@ -51,16 +55,66 @@ def first_then_others(function):
     return result
 
 
-def share(nets):
-    """From here on the processes share every batch: wraps what is trained in DDP, in place.
+def share(nets, opts, cfg):
+    """From here on the processes share every batch: what is trained is wrapped in DDP or, with cfg.shard, sharded in place.
 
-    find_unused_parameters, because a network may have weights that a loss does not reach (classes, say).
+    LoRA is never sharded: there is little of it, and the frozen weights under it belong to several networks.
     """
-    if dist.is_initialized():
-        noise.PROCESS.update(rank=dist.get_rank(), count=dist.get_world_size())
-        groups = {"generator": Group(nets.generator), "critic": Group(nets.fake, nets.discriminator)}
-        nets.parallel = {name: DistributedDataParallel(group, broadcast_buffers=False, find_unused_parameters=True)
-                         for name, group in groups.items()}
+    if not dist.is_initialized():
+        return
+    noise.PROCESS.update(rank=dist.get_rank(), count=dist.get_world_size())
+    lora = {"generator": cfg.lora_generator, "critic": cfg.lora_critic}
+    for name, group in {"generator": [nets.generator.net], "critic": [nets.fake.net, nets.discriminator]}.items():
+        if cfg.shard and not lora[name]:
+            shard(group, opts[name])
+        else:                                                     # a network may have weights that no loss reaches (classes, say)
+            nets.parallel[name] = DistributedDataParallel(Group(*group), broadcast_buffers=False, find_unused_parameters=True)
+    if cfg.shard and not cfg.lora_generator and nets.ema is not nets.generator:
+        shard([nets.ema.net])
+    if cfg.shard and not any(lora.values()) and isinstance(nets.real.denoiser, nn.Module):      # not a formula
+        shard([nets.real.denoiser])
+
+
+def shard(group, opt=None):
+    """Split every weight of some networks, and what opt remembers of it, among the processes (FSDP2, in place).
+
+    The blocks of a network are fetched one at a time, while they compute.
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    before = [p for net in group for p in net.parameters()]
+    for net in group:
+        net.to(memory_format=torch.contiguous_format)             # FSDP2 splits nothing else; inputs stay channels_last
+        for block in blocks(net):
+            fully_shard(block)
+        fully_shard(net, reshard_after_forward=True)             # also after a pass without backward
+        if hasattr(net, "features"):                              # the other way into a Denoiser
+            register_fsdp_forward_method(net, "features")
+    after = dict(zip(before, (p for net in group for p in net.parameters())))
+    for settings in opt.param_groups if opt else ():
+        settings["params"] = [after[p] for p in settings["params"]]
+    for p in list(opt.state) if opt else ():
+        opt.state[after[p]] = {k: split_like(v, after[p]) for k, v in opt.state.pop(p).items()}
+
+
+def blocks(net):
+    """The parts of a network that its outermost lists hold: encoder and decoder blocks."""
+    for child in net.children():
+        yield from child.children() if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else blocks(child)
+
+
+def split_like(value, p):
+    """This process's part of a moment of a sharded weight p (a step count stays whole)."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.contiguous(), p.device_mesh, p.placements) if value.shape == p.shape else value
+
+
+def whole(value):
+    """value, with the sharded tensors in it (a state, a norm) put together, on the CPU; every process has to ask."""
+    from torch.distributed.tensor import DTensor
+
+    return tree_map(lambda t: t.full_tensor().cpu() if isinstance(t, DTensor) else t, value)
 
 
 def leave():

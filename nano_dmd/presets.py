@@ -24,8 +24,9 @@ class Config:
     seed: int = knob(0, "everything drawn in the run follows from it")
     device: str = knob("auto", "auto | cpu | cuda | cuda:1 ...; auto takes CUDA if there is one")
     threads: int = knob(0, "CPU threads; 0 = torch's choice")
-    bf16: bool = knob(False, "run the networks (not x, not the losses) in bfloat16")
+    bf16: bool = knob(False, "run the networks (not x, not the losses) in bfloat16, where the device can")
     tf32: bool = knob(True, "allow TensorFloat-32 matrix products and convolutions on CUDA")
+    shard: bool = knob(False, "several processes: split weights and optimiser state among them (FSDP2); LoRA stays whole")
     compile: bool = knob(False, "torch.compile the networks: a minute or more at the start, faster steps on CUDA")
     checkpointing: bool = knob(False, "recompute activations in backward: less memory, one more forward (EDM, Stable Diffusion)")
 

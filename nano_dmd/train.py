@@ -3,10 +3,7 @@
     python -m nano_dmd.train --preset digits --method sid --seed 1
 """
 
-import json
-import math
 import os
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,21 +13,22 @@ from torch import nn
 from tqdm import tqdm
 
 from nano_dmd import evaluate
-from nano_dmd.assemble import (Draw, Peek, build, cached_pairs, find_data, find_prompts, find_teacher, is_latent,
+from nano_dmd.assemble import (Clock, Draw, Peek, build, cached_pairs, find_data, find_prompts, find_teacher, is_latent,
                                machine, pick_device, restore, state)
 from nano_dmd.checkpoint import (UserError, append_line, check_writable, command, load_checkpoint, own_state, read_json,
-                                 remove_leftovers, save_checkpoint, save_tensors, write_atomic, write_json)
+                                 remove_leftovers, save_checkpoint, save_tensors, trim_log, write_json)
 from nano_dmd.data import load_data
 from nano_dmd.diagnostics import by_level, diagnose, to_floats
 from nano_dmd.dmd_loss import diff_instruct_loss, dmd_loss, regression_loss
 from nano_dmd.fake_score import denoising_loss
 from nano_dmd.gan import gan_critic_loss, gan_generator_loss
 from nano_dmd.generator import update_ema
-from nano_dmd.parallel import averaging, first_then_others, leave, share, start
+from nano_dmd.parallel import averaging, first_then_others, leave, share, start, whole
 from nano_dmd.plot import have_matplotlib, plot_run
 from nano_dmd.presets import (PRESETS, Config, add_config_flags, describe, free_folder, parser,  # noqa: F401 (PRESETS: public)
                               resolve, resolve_resumed)
 from nano_dmd.sid_loss import sid_loss
+from nano_dmd.teacher import fast_bf16
 from nano_dmd.zoo import save_teacher
 
 
@@ -113,47 +111,40 @@ def set_learning_rates(opts, step, cfg):
         opt.param_groups[0]["lr"] = getattr(cfg, f"lr_{name}") * learning_rate(step, cfg)
 
 
-class Clock:
-    """[CPU, wall] seconds since the start, those of the earlier parts of a resumed run included."""
-
-    def __init__(self, before=(0.0, 0.0)):
-        self.zero = before[0] - time.process_time(), before[1] - time.perf_counter()
-
-    def read(self):
-        return [round(self.zero[0] + time.process_time(), 3), round(self.zero[1] + time.perf_counter(), 3)]
-
-
 def train(cfg, nets, opts, draw, peek, out, step=0, seconds=(0.0, 0.0)):
     """The loop: train_step, then every so often a line of log.jsonl, a picture, a checkpoint.  Returns the seconds.
 
-    Of several processes the first alone writes; it has a peek, the others have None.
+    Of several processes the first alone writes; it has a peek, the others have None (or, sharded, one that never writes).
     """
-    clock, history = Clock(seconds), []
-    bar = tqdm(range(step, cfg.steps), initial=step, total=cfg.steps, desc=cfg.method, disable=not peek)
+    clock, history, writes = Clock(seconds), [], bool(peek and peek.writes)
+    bar = tqdm(range(step, cfg.steps), initial=step, total=cfg.steps, desc=cfg.method, disable=not writes)
     for step in bar:
         set_learning_rates(opts, step, cfg)
         logs = train_step(nets, opts, draw, cfg, step)
         history.append((step + 1, logs, draw.latest.seen))
         done, last = step + 1, step + 1 == cfg.steps
-        if done % cfg.log_every == 0 or last:
+        log, save = done % cfg.log_every == 0 or last, done % cfg.save_every == 0 or last
+        if log or save:
             history = check_finite(history, nets)
         if not peek:
             continue
-        if done % cfg.log_every == 0 or last:
+        if log:
             record = dict(step=done, critic_updates=done * cfg.critic_steps, seconds=clock.read(), teacher=peek.reference,
                           **to_floats(logs), **diagnose(METHODS[cfg.method].generator, nets, draw.latest, cfg),
                           by_sigma=by_level(draw.latest.seen))
             if cfg.eval_every and (done % cfg.eval_every == 0 or last):
                 record["metrics"] = evaluate.quick(nets.ema, draw.data, cfg.eval_images)
-            append_line(out / "log.jsonl", record)
-            peek.send(record)
-            report_progress(record, peek.reference, bar)
+            if writes:
+                append_line(out / "log.jsonl", record)
+                peek.send(record)
+                report_progress(record, peek.reference, bar)
         if done % cfg.sample_every == 0 or last:
             peek.save(nets.ema, out / "samples" / f"{done:06d}.png")
             peek.save_scores(nets, out / "scores" / f"{done:06d}.png")
-        if done % cfg.save_every == 0 or last:
-            history = check_finite(history, nets)
-            save_checkpoint(out / "checkpoint.pt", state(cfg, done, clock.read(), nets, opts, draw.rng))
+        if save:
+            saved = state(cfg, done, clock.read(), nets, opts, draw.rng)
+            if writes:
+                save_checkpoint(out / "checkpoint.pt", saved)
     return clock.read()
 
 
@@ -171,7 +162,7 @@ def check_finite(history, nets):
                     where = "" if sigma is None else f" (sigma {sigma[(~loss.isfinite()).int().argmax()].item():.4g})"
                     raise UserError(f"{name} is {value.item()} at step {step}{where}; {advice}")
     for name in ("fake", "discriminator", "generator") if history else ():
-        if not nn.utils.get_total_norm(getattr(nets, name).parameters()).isfinite():
+        if not whole(nn.utils.get_total_norm(getattr(nets, name).parameters())).isfinite():
             raise UserError(f"a weight of {name} is not finite after step {history[-1][0]}; {advice}")
     return []
 
@@ -221,30 +212,45 @@ def run(cfg, resume=False):
     teacher, nets, opts, draw = prepare(cfg, device)
     fresh = (0, (0.0, 0.0), processes)
     step, seconds, before = restore(saved, nets, opts, draw.rng, out / "checkpoint.pt") if resume else fresh
-    share(nets)
-    if rank:
+    if not rank:
+        open_folder(cfg, teacher, device, step, before, processes)
+    share(nets, opts, cfg)
+    if rank and not cfg.shard:
         train(cfg, nets, opts, draw, None, out, step, seconds)
         return leave()
+    peek = Peek(teacher, cfg, out, device, prompts=draw.prompts, writes=not rank)
+    cpu, wall = train(cfg, nets, opts, draw, peek, out, step, seconds)
+    weights = whole(own_state(nets.ema))
+    if not cfg.shard:
+        leave()
+    if not rank:
+        save_tensors(out / "generator.safetensors", weights, sigmas=cfg.sigmas, preset=cfg.preset)
+    peek.save(nets.ema, out / "samples.png", beside_teacher=True)
+    control = {"regression only": control_row(cfg)} if cfg.control and cfg.method == "dmd" and processes == 1 else {}
+    rows = control | (evaluate.latent_rows(nets, teacher, draw, cfg) if is_latent(teacher) else
+                      evaluate.rows(nets.ema, teacher, draw.data, cfg.method, images=cfg.eval_images))
+    leave()
+    if rank:
+        return None
+    rows[cfg.method]["seconds"] = wall
+    report = dict(rows=rows, cpu_seconds=cpu, seconds=wall, teacher_cpu_seconds=teacher.recipe["cpu_seconds"],
+                  processes=processes, **machine(device))
+    write_json(out / "report.json", report)
+    return report
+
+
+def open_folder(cfg, teacher, device, step, before, processes):
+    """What the run folder holds before the first step, and what the user should know by then."""
+    out = Path(cfg.out)
+    if cfg.bf16 and not fast_bf16(device):
+        print("bfloat16 is only emulated on this CPU: the networks run in float32, which is faster")
     if before != processes:
         print(f"resumed by {processes} processes instead of {before}: the same batches and noise, but sums in another order, "
               "so the result agrees up to rounding and not to the bit")
     remove_leftovers(out)
     write_json(out / "config.json", asdict(cfg))
     save_teacher(out, teacher.net, teacher.recipe)
-    peek = Peek(teacher, cfg, out, device, prompts=draw.prompts)
     trim_log(out / "log.jsonl", step)
-    cpu, wall = train(cfg, nets, opts, draw, peek, out, step, seconds)
-    leave()
-    save_tensors(out / "generator.safetensors", own_state(nets.ema), sigmas=cfg.sigmas, preset=cfg.preset)
-    peek.save(nets.ema, out / "samples.png", beside_teacher=True)
-    control = {"regression only": control_row(cfg)} if cfg.control and cfg.method == "dmd" and processes == 1 else {}
-    rows = control | (evaluate.latent_rows(nets, teacher, draw, cfg) if is_latent(teacher) else
-                      evaluate.rows(nets.ema, teacher, draw.data, cfg.method, images=cfg.eval_images))
-    rows[cfg.method]["seconds"] = wall
-    report = dict(rows=rows, cpu_seconds=cpu, seconds=wall, teacher_cpu_seconds=teacher.recipe["cpu_seconds"],
-                  processes=processes, **machine(device))
-    write_json(out / "report.json", report)
-    return report
 
 
 def control_row(cfg):
@@ -253,18 +259,6 @@ def control_row(cfg):
     if not (out / "report.json").exists():
         run(replace(cfg, method="regression", out=str(out), control=False), resume=(out / "checkpoint.pt").exists())
     return read_json(out / "report.json")["rows"]["regression"]
-
-
-def trim_log(path, step):
-    """Keep the lines up to a checkpoint's step: what a killed run logged after it will be logged again."""
-    def step_of(line):
-        try:
-            return json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):                 # a line that a kill or a full disk cut short
-            return math.inf
-
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    write_atomic(path, b"".join(line + b"\n" for line in lines if step_of(line) <= step))
 
 
 def main(argv=None):

@@ -14,7 +14,7 @@ import torch
 from nano_dmd.checkpoint import UserError, cache_dir, load_tensors, load_weights, read_json, save_tensors, write_json
 from nano_dmd.data import load_data
 from nano_dmd.networks import MLP, UNet
-from nano_dmd.teacher import EDM, Teacher, train_teacher
+from nano_dmd.teacher import EDM, Teacher, fast_bf16, train_teacher
 
 SMALL_EDM = dict(model_type="SongUNet", img_resolution=32, img_channels=3, label_dim=10, model_channels=64,
                  channel_mult=[2, 2, 2], num_blocks=2, attn_resolutions=[16], dropout=0.0)
@@ -35,18 +35,18 @@ RECIPES = {
 # fmt: on
 
 
-def build(recipe):
+def build(recipe, device="cpu"):
     """The untrained Denoiser of a recipe.  raises KeyError, TypeError or ValueError if it does not describe one."""
-    kind, args = recipe["network"], recipe["args"]
+    kind, args, bf16 = recipe["network"], recipe["args"], recipe["bf16"] and fast_bf16(device)
     if kind == "diffusers":
         from nano_dmd.hub import denoiser_from_config
 
-        return denoiser_from_config(**args)
+        return denoiser_from_config(**args).to(device)
     if kind == "edm":
         from nano_dmd.edm_networks import edm_network
 
-        return EDM(edm_network(**args), recipe["sigma_data"], recipe["bf16"])
-    return EDM({"mlp": MLP, "unet": UNet}[kind](**args), recipe["sigma_data"], recipe["bf16"])
+        return EDM(edm_network(**args), recipe["sigma_data"], bf16).to(device)
+    return EDM({"mlp": MLP, "unet": UNet}[kind](**args), recipe["sigma_data"], bf16).to(device)
 
 
 def fit_or_load(name, data_name, recipe, device, seed=0, show=True):
@@ -59,7 +59,7 @@ def fit_or_load(name, data_name, recipe, device, seed=0, show=True):
         data = load_data(data_name, device)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            net, rng = build(recipe).to(device), torch.Generator().manual_seed(seed)
+            net, rng = build(recipe, device), torch.Generator().manual_seed(seed)
             net = train_teacher(net, lambda n: data.sample(n, rng), recipe, show)
         save_teacher(folder, net, dict(recipe, shape=list(data.shape), classes=data.classes,
                                        cpu_seconds=round(time.process_time() - start[0], 1),
@@ -84,7 +84,7 @@ def read_teacher(folder, device):
         numbers = {k: float(recipe[k]) for k in ("sigma_data", "seconds", "cpu_seconds")}
         recipe = dict(recipe, data=str(recipe["data"]), shape=[int(n) for n in recipe["shape"]],
                       classes=int(recipe["classes"]), **numbers)
-        net = build(recipe).to(device)
+        net = build(recipe, device)
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(f"{folder}/teacher.json does not describe a teacher ({type(e).__name__}: {e})") from e
     load_weights(net, load_tensors(path), path)

@@ -18,7 +18,7 @@ from nano_dmd.edm_networks import edm_network
 from nano_dmd.noise import karras_sigmas, parse_sigma
 from nano_dmd.presets import PRESETS, resolve
 from nano_dmd.sid_loss import sid_integrand
-from nano_dmd.teacher import EDM
+from nano_dmd.teacher import EDM, fast_bf16
 from nano_dmd.tracking import flatten
 
 ARGS = dict(model_type="SongUNet", img_resolution=16, img_channels=3, label_dim=2, model_channels=16, channel_mult=[1, 2],
@@ -123,6 +123,27 @@ def test_compiled_and_eager_agree(tmp_path, quick):
     flags = ["--preset", "toy", "--method", "sid", "--device", "cpu", "--teacher_steps", "5", "--batch", "32", "--steps", "3"]
     plain, compiled = trained(flags, tmp_path / "a"), trained(flags, tmp_path / "b", "--compile")
     assert plain.keys() == compiled.keys() and 0 <= largest_difference(plain, compiled) <= 1e-4
+
+
+def test_bfloat16_is_not_emulated(quick, tmp_path, monkeypatch, capsys):
+    """On a CPU without instructions for it a bf16 run is the float32 run to the bit, and says so; on CUDA it is not asked."""
+    flags = ["--preset", "digits", "--method", "sid", "--device", "cpu", "--teacher_steps", "2", "--steps", "2", "--batch", "4"]
+
+    def weights(name, *more):
+        train.main([*flags, *more, "--out", str(tmp_path / name)])
+        return load_tensors(tmp_path / name / "generator.safetensors")
+
+    def differ(a, b):
+        return any(not torch.equal(a[k], b[k]) for k in a)
+
+    can = fast_bf16("cpu")
+    exact, asked = weights("float32", "--no-bf16"), weights("bfloat16")
+    assert differ(exact, asked) == can and ("only emulated" in capsys.readouterr().out) != can
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not fast_bf16("cpu") and fast_bf16("cuda")
+    monkeypatch.setenv("NANO_DMD_CACHE", str(tmp_path / "cache"))
+    exact = weights("old cpu float32", "--no-bf16")
+    assert not differ(exact, weights("old cpu bfloat16")) and "only emulated" in capsys.readouterr().out
 
 
 def test_bf16_gradients():
