@@ -109,12 +109,12 @@ LARGE = dict(bf16=True, decay_from=1.0, log_every=100, sample_every=1000, save_e
 # fmt: off
 PRESETS = {
     # 2D, exact score, one CPU thread.  Shared by all methods, then what differs.
-    "toy":               dict(teacher="toy:ring8", method="dmd2", sigmas="1", batch=512, threads=1, steps=6000, lr_generator=2e-3, lr_critic=1e-3, warmup=100, decay_from=0.0, clip=0, ema=500, dm_sigma="lognormal(-1.4,1.2)", critic_sigma="lognormal(-1.2,1.4)", gan_sigma="lognormal(-1.4,1.2)", log_every=100, sample_every=250, save_every=1000, pairs=100_000, pair_steps=64, pair_sigma=20),
-    "toy-dmd":           dict(),
-    "toy-dmd2":          dict(steps=9000, lr_generator=1.05e-3, lr_critic=2e-3, decay_from=0.5),
-    "toy-sid":           dict(steps=9000, lr_critic=2e-3, normalise=False, beta2=0.999, dm_sigma="lognormal(-1.8,1.2)"),
-    "toy-diff_instruct": dict(),
-    "toy-regression":    dict(),
+    "toy":               dict(teacher="toy:ring8", method="dmd2", sigmas="1", bf16=True, batch=1024, threads=1, steps=9000, lr_generator=1e-3, lr_critic=2e-3, warmup=100, decay_from=0.0, clip=0, ema=300, dm_sigma="lognormal(-1.4,1.2)", critic_sigma="lognormal(-1.2,1.4)", gan_sigma="lognormal(-1.4,1.2)", log_every=100, sample_every=250, save_every=1000, pairs=100_000, pair_steps=64, pair_sigma=20),
+    "toy-dmd":           dict(steps=6000, lr_generator=2e-3),
+    "toy-dmd2":          dict(),
+    "toy-sid":           dict(steps=10_000, lr_generator=1.2e-3, decay_from=0.5, alpha=0.5, normalise=False, beta2=0.999, dm_sigma="lognormal(-1.8,1.2)"),
+    "toy-diff_instruct": dict(lr_generator=2e-3),
+    "toy-regression":    dict(steps=6000, lr_generator=2e-3),
     # 8x8 digits, two CPU cores: about a minute each.
     "digits":               dict(bf16=True, sigmas="2.5", dm_sigma="lognormal(-0.8,1.2)", gan_sigma="lognormal(-0.5,1.2)"),
     "digits-dmd":           dict(steps=500, lr_generator=1.5e-3, lr_critic=1.5e-3, control=True),

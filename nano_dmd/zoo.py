@@ -23,8 +23,8 @@ SMALL_EDM = dict(model_type="SongUNet", img_resolution=32, img_channels=3, label
 # data "" = what --data says, CIFAR-10 without it.
 # fmt: off
 RECIPES = {
-    "toy":             dict(network="mlp", args={}, data="", sigma_data=0.5, bf16=False, sigma="lognormal(-1.2,1.4)",
-                            steps=2500, batch=1024, lr=2e-3, ema=100, label_dropout=0.0),
+    "toy":             dict(network="mlp", args=dict(octaves=5), data="", sigma_data=0.5, bf16=True,
+                            sigma="lognormal(-1.2,1.4)", steps=4000, batch=1024, lr=2e-3, ema=100, label_dropout=0.0),
     "digits":          dict(network="unet", args=dict(channels=1, classes=10), data="digits", sigma_data=0.75, bf16=True,
                             sigma="lognormal(-1.2,1.2)", steps=1200, batch=128, lr=3e-3, ema=100, label_dropout=0.0),
     "cifar10-small":   dict(network="unet", args=dict(channels=3, classes=10), data="", sigma_data=0.5, bf16=True,

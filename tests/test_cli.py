@@ -148,10 +148,10 @@ def test_existing_run_is_not_overwritten(complain, finished):
 
 
 @pytest.mark.parametrize("argv", [["--method", "dmd"], ["--steps", "21"], ["--seed", "4"], ["--preset", "digits"],
-                                  ["--lr_critic", "1"], ["--bf16"], ["--sigmas", "2"]], ids=" ".join)
+                                  ["--lr_critic", "1"], ["--no-bf16"], ["--sigmas", "2"]], ids=" ".join)
 def test_resume_with_a_changed_flag(complain, finished, argv):
     text = complain(["--resume", "--out", "run", *argv])
-    assert f"{argv[0]} was" in text and "when run was started" in text
+    assert f"{argv[0].replace('--no-', '--')} was" in text and "when run was started" in text
 
 
 @pytest.mark.parametrize("content", [

@@ -309,6 +309,17 @@ def test_networks_start_at_zero():
     assert not UNet(channels=3, classes=0)(normal(3, 3, 8, 8).float(), torch.zeros(3)).any()
 
 
+@pytest.mark.parametrize("dim, octaves", [(1, 3), (2, 5)])
+def test_mlp_sees_octaves(dim, octaves):
+    """The first layer gets the point, then sines and cosines of pi/2 2^k of each coordinate and of 1, 2, 4, 8 c_noise."""
+    net, x, c, seen = MLP(dim, width=8, octaves=octaves), normal(5, dim).float(), torch.linspace(-1, 1, 5), []
+    net.hidden[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    net(x, c)
+    phases = [math.pi / 2 * 2**k * x[:, d] for d in range(dim) for k in range(octaves)] + [2**k * c for k in range(4)]
+    expected = torch.stack([*x.T, *map(torch.sin, phases), *map(torch.cos, phases)], 1)
+    assert_close(seen[0], expected, rtol=0, atol=1e-5)
+
+
 def random_unet():
     net = UNet(width=8, emb=16)
     for i, p in enumerate(net.parameters()):
