@@ -91,7 +91,7 @@ class FromV(FromEps):
 
 def fast_bf16(device):
     """Whether bfloat16 is faster than float32 there: a CPU without instructions for it (AVX2, most laptops) emulates it,
-    7 times slower in a matrix product and 1000 times in a large convolution."""
+    10 to 60 times slower than float32 in the layers tried (LOG.md)."""
     mkldnn = torch.backends.mkldnn.is_available()
     return torch.device(device).type != "cpu" or (mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
