@@ -36,17 +36,20 @@ RECIPES = {
 
 
 def build(recipe, device="cpu"):
-    """The untrained Denoiser of a recipe.  raises KeyError, TypeError or ValueError if it does not describe one."""
+    """The untrained Denoiser of a recipe, in a precision fit for device.
+
+    raises KeyError, TypeError or ValueError if it does not describe one
+    """
     kind, args, bf16 = recipe["network"], recipe["args"], recipe["bf16"] and fast_bf16(device)
     if kind == "diffusers":
         from nano_dmd.hub import denoiser_from_config
 
-        return denoiser_from_config(**args).to(device)
+        return denoiser_from_config(**args)
     if kind == "edm":
         from nano_dmd.edm_networks import edm_network
 
-        return EDM(edm_network(**args), recipe["sigma_data"], bf16).to(device)
-    return EDM({"mlp": MLP, "unet": UNet}[kind](**args), recipe["sigma_data"], bf16).to(device)
+        return EDM(edm_network(**args), recipe["sigma_data"], bf16)
+    return EDM({"mlp": MLP, "unet": UNet}[kind](**args), recipe["sigma_data"], bf16)
 
 
 def fit_or_load(name, data_name, recipe, device, seed=0, show=True):
@@ -59,7 +62,7 @@ def fit_or_load(name, data_name, recipe, device, seed=0, show=True):
         data = load_data(data_name, device)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            net, rng = build(recipe, device), torch.Generator().manual_seed(seed)
+            net, rng = build(recipe, device).to(device), torch.Generator().manual_seed(seed)
             net = train_teacher(net, lambda n: data.sample(n, rng), recipe, show)
         save_teacher(folder, net, dict(recipe, shape=list(data.shape), classes=data.classes,
                                        cpu_seconds=round(time.process_time() - start[0], 1),
@@ -84,7 +87,7 @@ def read_teacher(folder, device):
         numbers = {k: float(recipe[k]) for k in ("sigma_data", "seconds", "cpu_seconds")}
         recipe = dict(recipe, data=str(recipe["data"]), shape=[int(n) for n in recipe["shape"]],
                       classes=int(recipe["classes"]), **numbers)
-        net = build(recipe, device)
+        net = build(recipe, device).to(device)
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(f"{folder}/teacher.json does not describe a teacher ({type(e).__name__}: {e})") from e
     load_weights(net, load_tensors(path), path)
