@@ -79,14 +79,15 @@ def test_two_processes_are_one_with_the_joint_batch(name, tmp_path):
 
 
 def test_sharded_weights_train_alike(tmp_path):
-    """--shard (FSDP2): each of two processes keeps half of every weight, and the run is that of one process to 1e-6; one
-    process resumes what two sharded ones began."""
+    """--shard (FSDP2): each of two processes keeps half of every weight, and the run is that of one process to 1e-6; two or
+    one resume what two began, optimiser state included."""
     arguments = [*RUNS["toy dmd2 with GAN"], *SHORT]
     one = train_with(1, tmp_path / "one", *arguments)
     assert_close(train_with(2, tmp_path / "two", *arguments, "--shard"), one, atol=1e-6)
-    out = tmp_path / "resumed"
-    assert launch(2, *arguments, "--shard", "--out", str(out), dies=True)[0] != 0
-    assert_close(train_with(1, out, "--resume"), one, atol=1e-6)
+    for count in (2, 1):
+        out = tmp_path / f"resumed-by-{count}"
+        assert launch(2, *arguments, "--shard", "--out", str(out), dies=True)[0] != 0
+        assert_close(train_with(count, out, "--resume"), one, atol=1e-6)
 
 
 def test_sharded_convolutions(tmp_path):
