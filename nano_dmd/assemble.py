@@ -159,16 +159,22 @@ def build(cfg, teacher, device):
     ema = sharing_copy(generator).requires_grad_(False) if cfg.ema else generator
     nets = Nets(RealScore(teacher.denoiser, cfg.guidance), fake, discriminator, generator, ema, teacher.sigma_data)
     if cfg.reg_loss == "lpips" and cfg.method in ("dmd", "regression"):
-        if is_latent(teacher):
-            raise UserError("--reg_loss lpips compares images, and Stable Diffusion's x are latents: use --reg_loss l2")
         from nano_dmd.hub import lpips
 
-        nets.lpips = lpips(device)
+        nets.lpips = lpips(device, images_of_latents(cfg, teacher, device) if is_latent(teacher) else None)
     if cfg.init:
         begin_from(cfg.init, nets, device)
+    if cfg.offload_teacher and isinstance(teacher.denoiser, nn.Module):               # not a formula
+        lend(teacher.denoiser, device)
     opts = {"generator": optimiser(generator.parameters(), cfg),
             "critic": optimiser([*fake.parameters(), *discriminator.parameters()], cfg)}
     return nets, opts
+
+
+def images_of_latents(cfg, teacher, device):
+    from nano_dmd.stable_diffusion import differentiable_decoder
+
+    return differentiable_decoder(cfg.lpips_decoder, teacher.recipe["source"], device)
 
 
 def begin_from(folder, nets, device):
@@ -188,7 +194,7 @@ def optimiser(parameters, cfg):
     try:
         from bitsandbytes.optim import AdamW8bit
     except (ImportError, RuntimeError) as e:
-        raise UserError(f"--adam8bit needs bitsandbytes ({first_line(e)}): pip install bitsandbytes, or leave it out") from e
+        raise UserError(f'--adam8bit needs bitsandbytes ({first_line(e)}): pip install "nano_dmd[sd]", or leave it out') from e
     return AdamW8bit(trained, **args)
 
 
@@ -196,6 +202,25 @@ def halve(denoiser):
     """Keep a frozen network's weights in bfloat16; the adapter's noise table stays float32."""
     for p in denoiser.net.parameters():
         p.data = p.data.bfloat16()
+
+
+def lend(denoiser, device):
+    """Keep a frozen denoiser's weights in the host's memory; device has them during each call, so no gradient may pass."""
+    home = {p: p.data.cpu() for p in denoiser.parameters()}
+    if torch.device(device).type == "cuda":
+        home = {p: data.pin_memory() for p, data in home.items()}                     # twice as fast to copy
+
+    def come(*_):
+        for p in home:
+            p.data = home[p].to(device, non_blocking=True)
+
+    def go(*_):
+        for p in home:
+            p.data = home[p]
+
+    go()
+    denoiser.register_forward_pre_hook(come)
+    denoiser.register_forward_hook(go, always_call=True)
 
 
 def tune(denoiser, cfg, device):

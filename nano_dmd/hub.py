@@ -85,10 +85,11 @@ def part(kind, name, subfolder, wanted="diffusers pipeline with a UNet2DModel"):
                     "the first time) or as a local folder")
 
 
-def lpips(device):
-    """distance(a, b) -> (B,): LPIPS of images in [-1, 1] with VGG, after bilinear upsampling to 224 pixels.
+def lpips(device, decode=None):
+    """distance(a, b) -> (B,): LPIPS with VGG, as DMD measures its regression (appendix B), by the same library, piq.
 
-    As DMD measures its regression (appendix B), by the same library, piq.  raises UserError if that or its weights are missing.
+    Of images in [-1, 1], bilinearly upsampled to 224 pixels; or of latents, at the size of the images that decode makes of
+    them.  raises UserError if piq or its weights are missing.
     """
     try:
         import piq
@@ -100,7 +101,9 @@ def lpips(device):
         raise UserError(f"--reg_loss lpips cannot download VGG's weights ({first_line(e)}): put vgg16-397923af.pth and "
                         f"lpips_weights.pt into {torch.hub.get_dir()}/checkpoints, or use --reg_loss l2") from e
 
-    def large(x):
+    def seen(x):
+        if decode:
+            return (decode(x) + 1) / 2
         return F.interpolate((x + 1) / 2, size=(224, 224), mode="bilinear", antialias=False)
 
-    return lambda a, b: distance(large(a), large(b))
+    return lambda a, b: distance(seen(a), seen(b))

@@ -62,6 +62,7 @@ class Config:
     lora_generator: int = knob(0, "rank of a LoRA student on the teacher's frozen weights; 0 = train a full copy")
     lora_critic: int = knob(0, "the same for the fake score")
     half_frozen: bool = knob(False, "keep the teacher's weights in bfloat16 (needs --bf16)")
+    offload_teacher: bool = knob(False, "teacher's weights stay in the host's memory and visit the device (not sid, not LoRA)")
     adam8bit: bool = knob(False, "optimiser state in 8 bits, by bitsandbytes")
 
     sigmas: str = knob("2.5", "generator's noise levels, descending, comma separated: one = one step; t999 = SD's timestep 999")
@@ -76,6 +77,7 @@ class Config:
     w_dm: float = knob(1.0, "weight of the distribution matching loss")
     w_reg: float = knob(1.0, "weight of the regression loss")
     reg_loss: str = knob("l2", "l2 | lpips (as in the DMD paper; needs the eval extra and its VGG weights)")
+    lpips_decoder: str = knob("madebyollin/taesd", "what makes images of latents for lpips: a TAESD, or vae = the teacher's own")
     w_gan: float = knob(0.0, "weight of the generator's GAN loss; 0 = GAN off")
     w_sid: float = knob(1.0, "weight of the SiD loss")
     w_fake: float = knob(1.0, "weight of the critic's denoising loss")
@@ -143,7 +145,7 @@ PRESETS = {
     # Stable Diffusion 1.5: --prompts FILE; the published batch on one GPU by --accumulate.
     # D2 = DMD2 experiments/sdv1.5/*.sh; L = SiD-LSG run_sid.sh.
     "sd15":                dict(SD, method="dmd2"),
-    "sd15-dmd":            dict(steps=20_000, batch=2304, guidance=3.0, w_reg=0.25, pairs=500_000, pair_steps=26),                                                                          # D1 B.3; Differs: L2 on latents (there LPIPS on TAESD's), Heun (PNDM 50)
+    "sd15-dmd":            dict(steps=20_000, batch=2304, guidance=3.0, w_reg=0.25, pairs=500_000, pair_steps=26),                                                                          # D1 B.3; Differs: L2 on latents (--reg_loss lpips is the paper's, on TAESD's images), Heun (PNDM 50)
     "sd15-dmd2":           dict(steps=4000, batch=2048, guidance=1.75, critic_steps=10),                                                                                                    # D2 stage 1: 40k critic updates
     "sd15-sid":            dict(steps=19_531, batch=512, sigmas="t625", unit_noise=False, guidance=1.5, fake_guidance=1.5, critic_dropout=0.1, dm_sigma="sd(20,979)", critic_sigma="sd(20,979)", alpha=1.0, beta1=0.0, weight_decay=0.0, clip=0, warmup=0, lr_generator=1e-6, lr_critic=1e-6, ema=98, w_sid=16_384, w_fake=16_384),      # L:61-88, 10 M images
     "sd15-dmd2-gan":       dict(SD, method="dmd2", steps=500, batch=2048, guidance=1.75, critic_steps=10, w_gan=1e-3, w_disc=1e-2, lr_generator=5e-7, lr_critic=5e-7),                       # D2 stage 2: 5k critic updates on --init RUN of stage 1
@@ -255,6 +257,9 @@ def validate(cfg):
         raise UserError("the regression loss needs a one-step generator: give one number in --sigmas, or use dmd2 or sid")
     if cfg.half_frozen and not cfg.bf16:
         raise UserError("--half_frozen keeps weights in bfloat16, which only --bf16 computes with: give both or neither")
+    if cfg.offload_teacher and (cfg.method == "sid" or cfg.lora_generator or cfg.lora_critic or cfg.shard):
+        raise UserError("--offload_teacher takes the teacher off the device between its calls, but sid differentiates through "
+                        "it, LoRA computes with its weights and --shard has split them: leave it out")
     if bool(cfg.w_gan) != bool(cfg.w_disc):
         raise UserError(f"--w_gan {cfg.w_gan} and --w_disc {cfg.w_disc} must both be 0 or both be positive")
 

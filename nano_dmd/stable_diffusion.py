@@ -135,6 +135,18 @@ def decoder(load_vae, device):
     return decode
 
 
+def differentiable_decoder(name, source, device):
+    """latents (B, 4, h, w) -> images (B, 3, 8h, 8w) in about [-1, 1], for the LPIPS of the regression loss.
+
+    name is a TAESD (an autoencoder of 5 MB for the same latents, which DMD used: appendix B.3), or "vae": source's own.
+    """
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    vae = part(AutoencoderKL, source, "vae") if name == "vae" else hub.part(AutoencoderTiny, name, "vae", "TAESD")
+    vae = vae.to(device).requires_grad_(False).eval()
+    return lambda latents: vae.decode(latents / vae.config.scaling_factor).sample
+
+
 class Prompts:
     """Texts and their embeddings: prompts[index (B,)] -> (B, T, C) float32 on the CPU; encoded once, memory-mapped.
 

@@ -1,12 +1,20 @@
 """Stable Diffusion without downloads: a tiny complete pipeline on disk; bench measures the published size."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 
 from nano_dmd import assemble, evaluate, export, sample, text_metrics, train
@@ -14,11 +22,13 @@ from nano_dmd.checkpoint import UserError, load_tensors
 from nano_dmd.fake_score import FakeScore, denoising_loss
 from nano_dmd.gan import Discriminator
 from nano_dmd.generator import Generator
+from nano_dmd.hub import lpips
 from nano_dmd.lora import sharing_copy
+from nano_dmd.networks import MLP
 from nano_dmd.noise import Batch, draw_noise, draw_sigma, sd_sigmas
 from nano_dmd.real_score import RealScore
-from nano_dmd.stable_diffusion import RANDOM, Latents, Prompts, captioned, load, read_prompts
-from nano_dmd.teacher import load_teacher
+from nano_dmd.stable_diffusion import RANDOM, Latents, Prompts, captioned, differentiable_decoder, load, read_prompts
+from nano_dmd.teacher import EDM, load_teacher
 
 SCHEDULE = dict(
     beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
@@ -333,9 +343,20 @@ RUN = [
     "--log_every",
     "2",
 ]
+OPTIONS = {
+    "full": [],
+    "critic": ["--lora_critic", "2"],
+    "both": ["--lora_critic", "2", "--lora_generator", "2"],
+    "8bit": ["--adam8bit"],
+    "offload": ["--offload_teacher"],
+    "lpips": ["--reg_loss", "lpips", "--lpips_decoder", "vae"],
+}
 PRESETS = [
     ("sd15-dmd", "full"),
+    ("sd15-dmd", "lpips"),
     ("sd15-dmd2", "full"),
+    ("sd15-dmd2", "8bit"),
+    ("sd15-dmd2", "offload"),
     ("sd15-dmd2", "critic"),
     ("sd15-dmd2", "both"),
     ("sd15-dmd2-gan", "critic"),
@@ -357,11 +378,24 @@ def fast(monkeypatch):
     monkeypatch.setattr(train, "have_matplotlib", lambda: False)
 
 
-@pytest.mark.parametrize("preset, lora", PRESETS)
-def test_presets_train_resume_and_report(preset, lora, sd, prompts, photos, tmp_path, fast):
+@pytest.fixture
+def piq(monkeypatch):
+    """The perceptual distance without its 528 MB of weights: mean squares of images in [0, 1]."""
+
+    class LPIPS(torch.nn.Module):
+        def __init__(self, reduction):
+            super().__init__()
+
+        def forward(self, a, b):
+            return (a - b).square().flatten(1).mean(1)
+
+    monkeypatch.setitem(sys.modules, "piq", SimpleNamespace(LPIPS=LPIPS))
+
+
+@pytest.mark.parametrize("preset, option", PRESETS)
+def test_presets_train_resume_and_report(preset, option, sd, prompts, photos, tmp_path, fast, piq):
     """Every preset takes real steps; stopped in the middle and resumed it ends bit for bit where one run ends."""
-    argv = ["--preset", preset, "--teacher", sd, "--prompts", prompts, *RUN]
-    argv += [] if lora == "full" else ["--lora_critic", "2"] + ["--lora_generator", "2"] * (lora == "both")
+    argv = ["--preset", preset, "--teacher", sd, "--prompts", prompts, *RUN, *OPTIONS[option]]
     argv += ["--data", photos] if preset.endswith("gan") else []
     train.main([*argv, "--out", str(tmp_path / "whole")])
     torch.manual_seed(123)
@@ -379,14 +413,60 @@ def test_presets_train_resume_and_report(preset, lora, sd, prompts, photos, tmp_
     train.main([*argv, "--out", str(tmp_path / "parts"), "--resume"])
     whole, parts = (load_tensors(tmp_path / name / "generator.safetensors") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
-    assert all("lora_" in k for k in whole) == (lora == "both")
+    assert all("lora_" in k for k in whole) == (option == "both")
     assert not (tmp_path / "whole" / "teacher.safetensors").exists()  # 3.4 GB at real size
     report = json.loads((tmp_path / "whole" / "report.json").read_text())
     assert report["rows"]["teacher"]["NFE"] == 100 and np.isfinite(list(report["rows"].values())[-1]["latent std"])
     assert Image.open(tmp_path / "whole" / "samples.png").size[1] == 64 + 2  # decoded by the VAE
     moved = evaluate.load_run(tmp_path / "whole")[2].net.net.unet.state_dict()
     start = UNet2DConditionModel.from_pretrained(sd, subfolder="unet").state_dict()
-    assert any(not torch.equal(start[k], moved[k]) for k in start if k in moved) or lora == "both"
+    assert any(not torch.equal(start[k], moved[k]) for k in start if k in moved) or option == "both"
+    check_option(option, argv, tmp_path, whole)
+
+
+def check_option(option, argv, tmp_path, whole):
+    """8bit: moments of large weights take a byte each.  offload: the same numbers as without."""
+    if option == "8bit":
+        moments = torch.load(tmp_path / "whole" / "checkpoint.pt", weights_only=True)["opts"]["generator"]["state"].values()
+        firsts = [m.get("__bnb_optimizer_quant_state__", m)["state1"] for m in moments]
+        assert all((m.dtype == torch.uint8) == (m.numel() >= 4096) for m in firsts) and max(m.numel() for m in firsts) >= 4096
+    if option == "offload":
+        train.main([*argv, "--no-offload_teacher", "--out", str(tmp_path / "resident")])
+        resident = load_tensors(tmp_path / "resident" / "generator.safetensors")
+        assert all(torch.equal(whole[k], resident[k]) for k in whole)
+
+
+def test_an_offloaded_teacher_visits_the_device(monkeypatch):
+    """During a call its weights are copies on the device (here clones); before and after, also after a call that fails, they
+    are those at home."""
+    net, where = EDM(MLP()).requires_grad_(False), []
+    home = [p.data_ptr() for p in net.parameters()]
+    net.net.out.register_forward_hook(lambda module, *_: where.append(module.weight.data_ptr()))
+    expected = net(torch.ones(3, 2), torch.ones(3))
+    assemble.lend(net, "cpu")
+    assert where.pop() in home
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, target, non_blocking=False: t.clone())
+    assert torch.equal(net(torch.ones(3, 2), torch.ones(3)), expected) and where[0] not in home
+    with pytest.raises(RuntimeError):
+        net(torch.ones(3, 5), torch.ones(3))
+    assert [p.data_ptr() for p in net.parameters()] == home
+
+
+def test_lpips_of_latents(sd, tmp_path, piq):
+    """The distance of the images that "vae" or a TAESD makes of two latents, at their own size; its gradient reaches the first
+    latent and no weight."""
+    torch.manual_seed(0)
+    AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4).save_pretrained(tmp_path / "taesd")
+    a, b = torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(2, 4, 8, 8)
+    vae = AutoencoderKL.from_pretrained(sd, subfolder="vae").eval()
+    tiny = AutoencoderTiny.from_pretrained(tmp_path / "taesd").eval()
+    for name, decode in (("vae", lambda x: vae.decode(x / 0.18215)), (str(tmp_path / "taesd"), tiny.decode)):
+        distance = lpips("cpu", differentiable_decoder(name, sd, "cpu"))(a, b)
+        expected = ((decode(a).sample - decode(b).sample) / 2).square().flatten(1).mean(1)
+        torch.testing.assert_close(distance, expected)
+        assert torch.autograd.grad(distance.sum(), a)[0].abs().min() > 0
+    with pytest.raises(UserError, match="cannot load the vae of nowhere.*TAESD"):
+        differentiable_decoder("nowhere", sd, "cpu")
 
 
 def test_second_stage_starts_from_the_first(sd, prompts, photos, tmp_path, fast):
@@ -527,7 +607,8 @@ def test_mistakes_get_one_sentence(sd, prompts, photos, tmp_path, fast):
         ["--preset", "sd15-dmd2-gan", "--teacher", sd, "--prompts", prompts, "--data", str(tmp_path / "nothing")], "no images in"
     )
     complain(["--preset", "sd15-dmd2", "--teacher", sd, "--prompts", prompts, "--no-bf16"], "half_frozen")
-    complain(["--preset", "sd15-dmd", "--teacher", sd, "--prompts", prompts, "--reg_loss", "lpips"], "x are latents")
+    complain(["--preset", "sd15-sid", "--offload_teacher"], "--offload_teacher takes the teacher off the device")
+    complain(["--preset", "sd15-dmd2", "--lora_critic", "2", "--offload_teacher"], "LoRA computes with its weights")
     (no_captions / "a.txt").write_text("fog")
     (no_captions / "b.png").write_bytes(b"no image")
     (no_captions / "b.txt").write_text("fog")
