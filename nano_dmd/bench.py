@@ -4,6 +4,7 @@
 
 net forward is the bare network, what one sample costs at least; images/s are generated and trained on;
 peak is the share of the matrix-multiplication speed measured on this machine in the precision of the run.
+memory is the method's peak on a GPU, but the whole process's on a CPU: there, give one method at a time to learn its own.
 """
 
 import torch
@@ -26,6 +27,8 @@ def matmul_flops(device, bf16, n=1536, repeats=10):
 def bench(cfg, repeats):
     """{part: milliseconds, ...} of one method on cfg.device."""
     device = pick_device(cfg.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     teacher, nets, opts, draw = prepare(cfg, device)
     batch = draw()
     denoiser, c_noise, bf16 = nets.generator.net, torch.zeros(batch.z.shape[1], device=device), nets.generator.net.bf16
