@@ -63,6 +63,18 @@ def pick_device(name):
     return device
 
 
+def use_threads(count, device):
+    """Set the number of CPU threads (0 = torch's choice), with a hint where they will wait: threads of a small network wait for
+    each other, and with one core busy elsewhere two of them took 3 times as long as one (LOG.md)."""
+    if count:
+        torch.set_num_threads(count)
+    threads, cores = torch.get_num_threads(), os.cpu_count()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0                   # Windows has none
+    if device.type == "cpu" and threads > 1 and load + threads > cores + 0.5:
+        print(f"other programs use {load:.1f} of {cores} cores: --threads 1 may be several times faster than {threads}",
+              flush=True)
+
+
 def find_teacher(cfg, device):
     """The Teacher, with a network to start students from: an exact mixture gets one fitted to it."""
     teacher = load_teacher(cfg.teacher, device, cfg.teacher_steps, cfg.teacher_seed, cfg.data)
@@ -159,9 +171,7 @@ def build(cfg, teacher, device):
     ema = sharing_copy(generator).requires_grad_(False) if cfg.ema else generator
     nets = Nets(RealScore(teacher.denoiser, cfg.guidance), fake, discriminator, generator, ema, teacher.sigma_data)
     if cfg.reg_loss == "lpips" and cfg.method in ("dmd", "regression"):
-        from nano_dmd.hub import lpips
-
-        nets.lpips = lpips(device, images_of_latents(cfg, teacher, device) if is_latent(teacher) else None)
+        nets.lpips = perceptual_distance(cfg, teacher, device)
     if cfg.init:
         begin_from(cfg.init, nets, device)
     if cfg.offload_teacher and isinstance(teacher.denoiser, nn.Module):               # not a formula
@@ -171,10 +181,13 @@ def build(cfg, teacher, device):
     return nets, opts
 
 
-def images_of_latents(cfg, teacher, device):
+def perceptual_distance(cfg, teacher, device):
+    """LPIPS of x (B, *S), or of the images of x where these are latents."""
+    from nano_dmd.hub import lpips
     from nano_dmd.stable_diffusion import differentiable_decoder
 
-    return differentiable_decoder(cfg.lpips_decoder, teacher.recipe["source"], device)
+    latent = is_latent(teacher)
+    return lpips(device, differentiable_decoder(cfg.lpips_decoder, teacher.recipe["source"], device) if latent else None)
 
 
 def begin_from(folder, nets, device):

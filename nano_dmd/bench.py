@@ -27,8 +27,6 @@ def matmul_flops(device, bf16, n=1536, repeats=10):
 def bench(cfg, repeats):
     """{part: milliseconds, ...} of one method on cfg.device."""
     device = pick_device(cfg.device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     teacher, nets, opts, draw = prepare(cfg, device)
     batch = draw()
     denoiser, c_noise, bf16 = nets.generator.net, torch.zeros(batch.z.shape[1], device=device), nets.generator.net.bf16
@@ -80,8 +78,11 @@ def main(argv=None):
     configs = {name: resolve({**given, "method": name}) for name in methods}
     first = next(iter(configs.values()))
     torch.set_num_threads(first.threads or torch.get_num_threads())
-    rows = {f"{name} {cfg.critic_steps}:1": bench(cfg, repeats) for name, cfg in configs.items()}
-    device = pick_device(first.device)
+    device, rows = pick_device(first.device), {}
+    for name, cfg in configs.items():
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        rows[f"{name} {cfg.critic_steps}:1"] = bench(cfg, repeats)
     print(f"{first.preset}, batch {first.batch}, {device}, {torch.get_num_threads()} threads, "
           f"{'bf16' if first.bf16 and fast_bf16(device) else 'fp32'}, torch {torch.__version__}")
     print(table(rows))

@@ -31,7 +31,8 @@ def command(main):
         sys.exit(_complain(f"out of memory ({first_line(e)}); try a smaller --batch or, with the same result, a "
                            "larger --accumulate; --checkpointing, --lora_critic 64 and --adam8bit help large networks"))
     except KeyboardInterrupt:
-        print("\nstopped; a training run goes on from its last checkpoint with --resume", file=sys.stderr)
+        print("\nstopped; a training run goes on from its last checkpoint with --resume; one without a checkpoint yet starts "
+              "again, with teacher and pairs from the cache", file=sys.stderr)
         sys.exit(130)
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from nano_dmd import evaluate
 from nano_dmd.assemble import (Clock, Draw, Peek, build, cached_pairs, find_data, find_prompts, find_teacher, is_latent,
-                               machine, pick_device, restore, state)
+                               machine, pick_device, restore, state, use_threads)
 from nano_dmd.checkpoint import (UserError, append_line, check_writable, command, load_checkpoint, own_state, read_json,
                                  remove_leftovers, save_checkpoint, save_tensors, trim_log, write_json)
 from nano_dmd.data import load_data
@@ -206,8 +206,7 @@ def run(cfg, resume=False):
     device, out = pick_device(cfg.device), Path(cfg.out)
     rank, processes = start(cfg)
     check_writable(out)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    use_threads(cfg.threads, device)
     saved = load_checkpoint(out / "checkpoint.pt", device) if resume else None
     teacher, nets, opts, draw = prepare(cfg, device)
     fresh = (0, (0.0, 0.0), processes)

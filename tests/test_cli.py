@@ -519,3 +519,16 @@ def test_no_warning_without_reason(monkeypatch, tmp_path, quick, capfd):
     monkeypatch.setattr(assemble, "heun", teacher.heun)
     train.main(TOY)
     assert "WARNING" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("load, threads, said", [(0.2, 2, False), (1.0, 2, True), (1.0, 1, False), (0.4, 1, False)])
+def test_a_busy_machine_is_noticed(load, threads, said, monkeypatch, capsys):
+    """Threads and load together above the 2 cores: the hint names --threads 1; one thread has nobody to wait for."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    try:
+        assemble.use_threads(threads, torch.device("cpu"))
+        assert torch.get_num_threads() == threads and ("--threads 1" in capsys.readouterr().out) == said
+    finally:
+        torch.set_num_threads(before)

@@ -29,10 +29,13 @@ def test_the_listing_is_the_source():
 
 
 def test_the_example_prints_what_it_says():
-    out = io.StringIO()
+    """Numbers, and the directions its comment names: descending g moves (.4, 0) out and (0, -.95) in."""
+    out, names = io.StringIO(), {}
     with contextlib.redirect_stdout(out):
-        exec(blocks("python")[1], {})
+        exec(blocks("python")[1], names)
     assert out.getvalue() == blocks("text")[0]
+    radius, moved = (v.norm(dim=1) for v in (names["x"], names["x"] - 1e-3 * names["g"]))
+    assert moved[0] > radius[0] and moved[1] < radius[1]
 
 
 def commands():
