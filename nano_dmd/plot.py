@@ -53,7 +53,7 @@ def comparison(result, metrics):
         ax.errorbar(mean, range(len(rows)), xerr=spread, fmt="o", color=COLOURS[1], capsize=3)
         if metric in result.get("teacher", {}):
             ax.axvline(result["teacher"][metric][0], color=COLOURS[2], ls="--", label="teacher")
-            ax.legend(fontsize=8)
+            ax.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)     # above: hides no dot
         ax.set(xlabel=metric, yticks=range(len(rows)), ylim=(len(rows) - 0.5, -0.5), yticklabels=[""] * len(rows))
         ax.grid(alpha=0.3)
     axes[0][0].set_yticklabels([textwrap.fill(row, 44) for row in rows], fontsize=8)
