@@ -336,8 +336,8 @@ class Peek:
 
     @torch.no_grad()
     def save_scores(self, nets, path, n=3):
-        """x, xt, d_real, d_fake and DMD's gradient for n samples at each of diagnostics.LEVELS; images only."""
-        if self.z.ndim == 3 or self.z.shape[2] == 4:              # points and latents
+        """x, xt, d_real, d_fake and DMD's gradient for n samples at each of diagnostics.LEVELS; three channels of latents."""
+        if self.z.ndim == 3:                                      # points
             return
         z, cond = self.z[:, :: self.columns][:, :n], None if self.cond is None else self.cond[:: self.columns][:n]
         x = nets.generator(z, cond)
@@ -346,9 +346,11 @@ class Peek:
             sigma = x.new_full(x.shape[:1], level)
             xt = add_noise(x, sigma, noise)
             d_real, d_fake = nets.real(xt, sigma, cond), nets.fake(xt, sigma, cond)
-            seen.append((x, xt, d_real, d_fake, dmd_gradient(x, d_real, d_fake)))
+            seen.append([v[:, :3] for v in (x, xt, d_real, d_fake, dmd_gradient(x, d_real, d_fake))])
         if self.writes:
-            pictures.save_picture(path, pictures.score_grid(seen))
+            grid = pictures.score_grid(seen, scale=max(1, 64 // x.shape[-1]))
+            rows, columns = [f"sigma {level}" for level in LEVELS], pictures.SHOWN * len(x)
+            pictures.save_picture(path, pictures.labelled(grid, rows, columns))
 
 
 class Clock:

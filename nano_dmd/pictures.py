@@ -3,6 +3,7 @@
 import io
 
 import torch
+import torch.nn.functional as F
 
 from nano_dmd.checkpoint import write_atomic
 
@@ -27,17 +28,35 @@ def tile(x, columns, scale=4):
     return grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
 
 
+SHOWN = ("x", "xt", "d_real", "d_fake", "gradient")
+
+
 def score_grid(rows, scale=4):
     """What the scores see, one row of images for each noise level: [(x, xt, d_real, d_fake, g), ...] -> (3, H', W').
 
-    Each is (n, C, H, W); samples stand side by side, five pictures each. xt is shown over its own range, the gradient g
-    around grey, over three of its standard deviations.
+    Each is (n, C, H, W); samples stand side by side, the five pictures SHOWN of each. xt is shown over its own range, the
+    gradient g around grey, over three of its standard deviations.
     """
     def shown(x, xt, d_real, d_fake, g):
         xt, g = xt / xt.abs().amax((1, 2, 3), keepdim=True), g / (3 * g.std((1, 2, 3), keepdim=True) + 1e-12)
         return torch.stack([x, xt, d_real, d_fake, g], 1).flatten(0, 1)               # (5 n, C, H, W)
 
-    return tile(torch.cat([shown(*row) for row in rows]), columns=5 * len(rows[0][0]), scale=scale)
+    return tile(torch.cat([shown(*row) for row in rows]), columns=len(SHOWN) * len(rows[0][0]), scale=scale)
+
+
+def labelled(picture, rows, columns, left=64, top=20):
+    """picture (3, H, W) in [0, 1] -> (3, top + H, left + W): a name beside each of its rows, one above each of its columns."""
+    from PIL import ImageDraw
+    from torchvision.transforms.functional import to_pil_image, to_tensor
+
+    height, width = picture.shape[1] / len(rows), picture.shape[2] / len(columns)
+    image = to_pil_image(F.pad(picture, (left, 0, top, 0), value=1.0))
+    draw = ImageDraw.Draw(image)
+    for i, name in enumerate(rows):
+        draw.text((4, top + (i + 0.5) * height - 6), name, "black")
+    for i, name in enumerate(columns):
+        draw.text((left + i * width + 4, 4), name, "black")
+    return to_tensor(image)
 
 
 def save_picture(path, *panels):

@@ -59,7 +59,7 @@ def test_a_run_on_a_folder_of_images(flags, tmp_path, monkeypatch):
     assert all(np.isfinite(row["fixed_fd"]) and row["fixed_fd"] > 0 for row in rows.values())
     assert read_json(run / "teacher.json")["shape"] == [3, 16, 16]
     with Image.open(run / "scores" / "000004.png") as picture:    # 5 noise levels of 2 samples (2 classes) of 5 images
-        assert picture.size == (4 * (10 * 17 + 1), 4 * (5 * 17 + 1))
+        assert picture.size == (64 + 4 * (10 * 17 + 1), 20 + 4 * (5 * 17 + 1))
     sample.main([str(run), "--n", "6", "--class", "1", "--out", str(tmp_path / "x.npy"), "--device", "cpu"])
     assert np.load(tmp_path / "x.npy").shape == (6, 3, 16, 16)
 
@@ -76,6 +76,18 @@ def test_score_grid_shows_what_it_says():
     expected = torch.tensor([[0.5, -0.5], [1.0, -0.5], [0.0, 1.0], [-1.0, 0.0], [1 / (3 * std), -1 / (3 * std)]])
     torch.testing.assert_close(2 * shown - 1, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(grid[:, 1], grid[:, 3])
+
+
+def test_labelled_writes_beside_rows_and_above_columns():
+    """The picture itself is untouched, each name is in its own field and nowhere else, and no two look alike."""
+    picture = torch.rand(3, 80, 120).mul(255).round() / 255
+    out = pictures.labelled(picture, ["0.05", "0.5"], ["x", "xt", "d_real"], left=50, top=20)
+    assert out.shape == (3, 100, 170)
+    torch.testing.assert_close(out[:, 20:, 50:], picture)
+    ink = out.mean(0) < 0.5
+    fields = [ink[20:60, :50], ink[60:, :50], ink[:20, 50:90], ink[:20, 90:130], ink[:20, 130:]]
+    assert all(field.sum() > 5 for field in fields) and not ink[:20, :50].any()
+    assert not torch.equal(fields[0], fields[1]) and not torch.equal(fields[2], fields[3])
 
 
 def test_evaluate_with_inception(flags, images, tmp_path, monkeypatch, capsys, quick):

@@ -418,6 +418,8 @@ def test_presets_train_resume_and_report(preset, option, sd, prompts, photos, tm
     report = json.loads((tmp_path / "whole" / "report.json").read_text())
     assert report["rows"]["teacher"]["NFE"] == 100 and np.isfinite(list(report["rows"].values())[-1]["latent std"])
     assert Image.open(tmp_path / "whole" / "samples.png").size[1] == 64 + 2  # decoded by the VAE
+    shown = Image.open(next((tmp_path / "whole" / "scores").iterdir()))          # five pictures of one 8 x 8 latent, eightfold
+    assert shown.size == (64 + 8 * (5 * 9 + 1), 20 + 8 * (5 * 9 + 1))
     moved = evaluate.load_run(tmp_path / "whole")[2].net.net.unet.state_dict()
     start = UNet2DConditionModel.from_pretrained(sd, subfolder="unet").state_dict()
     assert any(not torch.equal(start[k], moved[k]) for k in start if k in moved) or option == "both"
