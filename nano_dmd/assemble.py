@@ -72,7 +72,7 @@ def use_threads(count, device):
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0                   # Windows has none
     if device.type == "cpu" and threads > 1 and load + threads > cores + 0.5:
         print(f"other programs use {load:.1f} of {cores} cores: --threads 1 may be several times faster than {threads}",
-              flush=True)
+              file=sys.stderr, flush=True)
 
 
 def find_teacher(cfg, device):

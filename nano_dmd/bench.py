@@ -10,7 +10,7 @@ memory is the method's peak on a GPU, but the whole process's on a CPU: there, g
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nano_dmd.assemble import is_latent, machine, pick_device
+from nano_dmd.assemble import is_latent, machine, pick_device, use_threads
 from nano_dmd.checkpoint import UserError, command
 from nano_dmd.evaluate import TEACHER_STEPS, latency, median_seconds, table
 from nano_dmd.presets import add_config_flags, parser, resolve
@@ -77,8 +77,8 @@ def main(argv=None):
         raise UserError(f"--repeats must be at least 1, got {repeats}")
     configs = {name: resolve({**given, "method": name}) for name in methods}
     first = next(iter(configs.values()))
-    torch.set_num_threads(first.threads or torch.get_num_threads())
     device, rows = pick_device(first.device), {}
+    use_threads(first.threads, device)
     for name, cfg in configs.items():
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

@@ -529,6 +529,6 @@ def test_a_busy_machine_is_noticed(load, threads, said, monkeypatch, capsys):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     try:
         assemble.use_threads(threads, torch.device("cpu"))
-        assert torch.get_num_threads() == threads and ("--threads 1" in capsys.readouterr().out) == said
+        assert torch.get_num_threads() == threads and ("--threads 1" in capsys.readouterr().err) == said
     finally:
         torch.set_num_threads(before)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nano_dmd.assemble import pick_device
+from nano_dmd.assemble import pick_device, use_threads
 from nano_dmd.checkpoint import UserError, command
 from nano_dmd.compare import as_text, compare, folder_name
 from nano_dmd.evaluate import load_run
@@ -44,7 +44,7 @@ def config(row):
 def watch(cfg, moments):
     """Train as nano_dmd.train does and yield (updates done, Nets) at each of moments, ascending."""
     device = pick_device(cfg.device)
-    torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    use_threads(cfg.threads, device)
     _, nets, opts, draw = prepare(cfg, device)
     with tqdm(total=moments[-1], desc=f"{cfg.method} for the pictures") as bar:
         for start, stop in zip([0, *moments], moments):
