@@ -9,7 +9,7 @@ The value of the loss says nothing about progress, not even its sign: look at th
 
 import torch
 
-from nano_dmd.noise import add_noise, draw_noise, draw_sigma, expand
+from nano_dmd.noise import add_noise, draw_noise, draw_sigma, expand, repeated
 
 
 def dmd_gradient(x, d_real, d_fake):
@@ -47,15 +47,17 @@ def dmd_loss(x, nets, batch, cfg):
     The gradient is descended as it is: neither score is differentiated (SiD does that).
     cfg.dm_sigma is the noise distribution; "timesteps 20..980" of the papers is karras(0.0032,72).
     """
+    x, cond = repeated(x, batch.cond, cfg.noisings)
     sigma = draw_sigma(cfg.dm_sigma, len(x), x.device)
-    g = dmd_gradient(x, *predictions(x, sigma, nets, batch.cond))
+    g = dmd_gradient(x, *predictions(x, sigma, nets, cond))
     return batch.mean("dmd_loss", descend(x, g), sigma)
 
 
 def diff_instruct_loss(x, nets, batch, cfg):
     """Diff-Instruct (Luo et al., NeurIPS 2023): the same direction without DMD's per-sample normaliser."""
+    x, cond = repeated(x, batch.cond, cfg.noisings)
     sigma = draw_sigma(cfg.dm_sigma, len(x), x.device)
-    d_real, d_fake = predictions(x, sigma, nets, batch.cond)
+    d_real, d_fake = predictions(x, sigma, nets, cond)
     return batch.mean("diff_instruct_loss", descend(x, d_fake - d_real), sigma)
 
 

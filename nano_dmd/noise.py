@@ -34,6 +34,14 @@ def add_noise(x, sigma, noise):
     return x + expand(sigma, x) * noise
 
 
+def repeated(x, cond, n):
+    """x (B, *S) and cond None | (B, ...), every sample n times in a row: (n B, *S) and None | (n B, ...).
+
+    A loss that noises each of them apart averages over n noises for one pass of the generator (cfg.noisings).
+    """
+    return x.repeat_interleave(n, 0), None if cond is None else cond.repeat_interleave(n, 0)
+
+
 def karras(u, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """Warp u in [0, 1] to a noise level: 0 -> sigma_max, 1 -> sigma_min.  EDM (Karras et al. 2022) eq. 5."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)

@@ -69,6 +69,7 @@ class Config:
     unit_noise: bool = knob(False, "the first step sees unit-variance noise (Stable Diffusion), not sigma z scaled")
     backward_simulation: bool = knob(True, "train later steps on the generator's own output, not on noised data")
     dm_sigma: str = knob("karras(0.0032,72)", "noise of the generator losses: karras(low,high) or lognormal(mean,std)")
+    noisings: int = knob(1, "noisings of each sample in the dm and sid losses: several opinions on one pass of the generator")
     critic_sigma: str = knob("lognormal(-1.2,1.2)", "noise of the denoising loss")
     gan_sigma: str = knob("lognormal(-1.2,1.2)", "noise of the GAN losses")
     alpha: float = knob(1.0, "SiD's alpha: 0.5 is unbiased, 1.0-1.2 works best")
@@ -114,7 +115,7 @@ PRESETS = {
     "toy":               dict(teacher="toy:ring8", method="dmd2", sigmas="1", bf16=True, batch=1024, threads=1, steps=9000, lr_generator=1e-3, lr_critic=2e-3, warmup=100, decay_from=0.0, clip=0, ema=300, dm_sigma="lognormal(-1.4,1.2)", critic_sigma="lognormal(-1.2,1.4)", gan_sigma="lognormal(-1.4,1.2)", log_every=100, sample_every=250, save_every=1000, pairs=100_000, pair_steps=64, pair_sigma=20),
     "toy-dmd":           dict(steps=6000, lr_generator=2e-3),
     "toy-dmd2":          dict(),
-    "toy-sid":           dict(steps=10_000, lr_generator=1.2e-3, decay_from=0.5, alpha=0.5, normalise=False, beta2=0.999, dm_sigma="lognormal(-1.8,1.2)"),
+    "toy-sid":           dict(steps=8500, batch=768, noisings=2, lr_generator=1.3e-3, decay_from=0.2, ema=500, alpha=0.5, normalise=False, beta2=0.999, dm_sigma="lognormal(-1.8,1.6)"),
     "toy-diff_instruct": dict(lr_generator=2e-3),
     "toy-regression":    dict(steps=6000, lr_generator=2e-3),
     # 8x8 digits, two CPU cores: about a minute each.
@@ -219,7 +220,7 @@ METHOD_NAMES = ("dmd", "dmd2", "sid", "diff_instruct", "regression")
 LEAST = dict(steps=1, batch=1, critic_steps=1, log_every=1, sample_every=1, save_every=1, pairs=1, pair_steps=2, warmup=0,
              threads=0, teacher_steps=0, clip=0, ema=0, beta1=0, beta2=0, decay_from=0, seed=0, teacher_seed=0,
              w_dm=0, w_reg=0, w_gan=0, w_sid=0, w_fake=0, w_disc=0, accumulate=1, weight_decay=0, eval_every=0, eval_images=2,
-            lora_generator=0, lora_critic=0, critic_dropout=0)
+            lora_generator=0, lora_critic=0, critic_dropout=0, noisings=1)
 CHOICES = dict(method=METHOD_NAMES, reg_loss=("l2", "lpips"), log_to=("", "tensorboard", "wandb"))
 
 

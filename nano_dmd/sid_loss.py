@@ -14,7 +14,7 @@ do better in practice because the fake score lags behind the generator.
 
 import torch
 
-from nano_dmd.noise import add_noise, draw_noise, draw_sigma, expand
+from nano_dmd.noise import add_noise, draw_noise, draw_sigma, expand, repeated
 
 
 def sid_integrand(x, d_real, d_fake, alpha, normalise=True):
@@ -41,7 +41,8 @@ def sid_loss(x, nets, batch, cfg):
     in the Jacobians of the two networks. Differs: mean over everything, the official code sums pixels and scales
     by 100, a constant that Adam removes; cfg.normalise off leaves the normaliser out (better in 2D).
     """
+    x, cond = repeated(x, batch.cond, cfg.noisings)
     sigma = draw_sigma(cfg.dm_sigma, len(x), x.device)
     xt = add_noise(x, sigma, draw_noise(x))
-    d_real, d_fake = nets.real(xt, sigma, batch.cond), nets.fake(xt, sigma, batch.cond)
+    d_real, d_fake = nets.real(xt, sigma, cond), nets.fake(xt, sigma, cond)
     return batch.mean("sid_loss", sid_integrand(x, d_real, d_fake, cfg.alpha, cfg.normalise), sigma)

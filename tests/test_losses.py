@@ -75,7 +75,7 @@ def draws(*noise):
 def config(**fields):
     """The Config fields a loss reads; noise levels that a test does not set are NaN, so that using one shows."""
     unset = dict.fromkeys(("dm_sigma", "critic_sigma", "gan_sigma"), tensor(math.nan))
-    return SimpleNamespace(**unset | dict(alpha=1.0, normalise=True, reg_loss="l2") | fields)
+    return SimpleNamespace(**unset | dict(alpha=1.0, normalise=True, reg_loss="l2", noisings=1) | fields)
 
 
 def curved_nets():
@@ -495,7 +495,28 @@ def test_every_network_is_asked_for_the_class():
         nets.real, nets.fake = [lambda xt, sigma, c, f=f: asked.append(c) or f(xt, sigma) for f in both]
         with draws(noise):
             loss(x, nets, Batch(z=None, cond=cond), config(dm_sigma=sigma, critic_sigma=sigma))
-        assert len(asked) == (1 if loss is denoising_loss else 2) and all(c is cond for c in asked)
+        calls = 1 if loss is denoising_loss else 2
+        assert [c if c is None else c.tolist() for c in asked] == [cond.tolist()] * calls
+
+
+def test_several_noisings_are_the_mean_over_noises():
+    """cfg.noisings = 3: value and gradient at x are the means of three losses, each with a third of the same noises; every
+    sample keeps its class."""
+    for loss in (dmd_loss, diff_instruct_loss, sid_loss):
+        x, _, _, nets = curved_case()
+        cond, sigma, noise = torch.arange(6), torch.linspace(0.2, 1.5, 18, dtype=torch.float64), normal(18, 2, seed=5)
+        real, fake = nets.real, nets.fake
+        nets.real = lambda xt, sigma, c: real(xt, sigma) + c[:, None]
+        nets.fake = lambda xt, sigma, c: fake(xt, sigma) * c[:, None]
+
+        def gradient(noise, **fields):
+            with draws(noise):
+                value = loss(x, nets, Batch(z=None, cond=cond), config(**fields))
+            return value.detach(), torch.autograd.grad(value, x)[0]
+
+        parts = [gradient(noise[i::3], dm_sigma=sigma[i::3]) for i in range(3)]       # rows 3 j + i belong to sample j
+        mean = tuple(sum(part) / 3 for part in zip(*parts))
+        assert_close(gradient(noise, dm_sigma=sigma, noisings=3), mean, **EXACT)
 
 
 def test_every_loss_reports_sigma_and_its_values():
