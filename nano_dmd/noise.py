@@ -37,7 +37,7 @@ def add_noise(x, sigma, noise):
 def repeated(x, cond, n):
     """x (B, *S) and cond None | (B, ...), every sample n times in a row: (n B, *S) and None | (n B, ...).
 
-    A loss that noises each of them apart averages over n noises for one pass of the generator (cfg.noisings).
+    A loss that noises each of them apart averages over n noises for one pass of the generator (cfg.noisings; published: 1).
     """
     return x.repeat_interleave(n, 0), None if cond is None else cond.repeat_interleave(n, 0)
 
