@@ -329,10 +329,10 @@ class Peek:
             pictures.save_picture(path, *[self.tile(x) for x in panels])
 
     def tile(self, x):
-        """One picture of samples; of latents without a decoder, three of their four channels."""
+        """One picture of samples, decoded where the teacher can."""
         if self.decode:
             return pictures.tile(self.decode(x), self.columns, scale=1)
-        return pictures.tile(x[:, :3] if x.ndim == 4 and x.shape[1] == 4 else x, self.columns)
+        return pictures.tile(x, self.columns)
 
     @torch.no_grad()
     def save_scores(self, nets, path, n=3):

@@ -39,6 +39,8 @@ def repeated(x, cond, n):
 
     A loss that noises each of them apart averages over n noises for one pass of the generator (cfg.noisings; published: 1).
     """
+    if n == 1:                                                    # no copy, which would lose channels_last too
+        return x, cond
     return x.repeat_interleave(n, 0), None if cond is None else cond.repeat_interleave(n, 0)
 
 

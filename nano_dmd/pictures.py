@@ -19,12 +19,12 @@ def density(x, size=256, extent=1.2):
 
 
 def tile(x, columns, scale=4):
-    """Images (N, C, H, W) in [-1, 1], or points (N, 2), -> one picture (3, H', W') in [0, 1]."""
+    """Images (N, C, H, W) in [-1, 1], or points (N, 2), -> one picture (3, H', W') in [0, 1]; of latents, three channels."""
     if x.ndim == 2:
         return density(x)
     from torchvision.utils import make_grid                       # not at the top: half the time that --help takes
 
-    grid = make_grid((x.detach().float().cpu().clamp(-1, 1) + 1) / 2, columns, padding=1, pad_value=0.5)
+    grid = make_grid((x[:, :3].detach().float().cpu().clamp(-1, 1) + 1) / 2, columns, padding=1, pad_value=0.5)
     return grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
 
 

@@ -64,8 +64,7 @@ def main(argv=None):
         raise UserError(f"--n must be at least 1, got {args.n}")
     x = sample(args.run, args.n, args.label, args.seed, pick_device(args.device), args.prompt)
     if kind == ".png":
-        shown, scale = (x[:, :3], 4) if x.shape[1] == 4 else (x, 1 if x.shape[-1] > 64 else 4)
-        pictures.save_picture(args.out, pictures.tile(shown, min(10, args.n), scale))
+        pictures.save_picture(args.out, pictures.tile(x, min(10, args.n), scale=1 if x.shape[-1] > 64 else 4))
     else:
         buffer = io.BytesIO()
         np.save(buffer, x.numpy())
