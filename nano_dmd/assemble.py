@@ -15,7 +15,7 @@ from torch import nn
 from nano_dmd import pictures
 from nano_dmd.checkpoint import (UserError, cache_dir, first_line, load_checkpoint, load_tensors, load_weights, own_state,
                                  save_tensors)
-from nano_dmd.data import load_data
+from nano_dmd.data import load_data, look_up, resident
 from nano_dmd.diagnostics import LEVELS, to_floats
 from nano_dmd.dmd_loss import dmd_gradient
 from nano_dmd.fake_score import FakeScore
@@ -126,7 +126,7 @@ def find_prompts(cfg, teacher):
 def cached_pairs(cfg, teacher, device, prompts=None):
     """{"z", "x"[, "cond"]} noise-image pairs of the guided teacher, from the cache if they were made before.
 
-    cond is a class, or the number of a prompt.
+    cond is a class, or the number of a prompt, and stays on the CPU, where Draw looks it up.
     """
     if prompts:
         source = cfg.teacher, prompts.texts, cfg.guidance
@@ -143,7 +143,7 @@ def cached_pairs(cfg, teacher, device, prompts=None):
         args = dict(steps=cfg.pair_steps, sigma_min=teacher.sigmas[0], sigma_max=cfg.pair_sigma)
         x = make_pairs(guided_by(teacher, cfg, prompts), z, cond, batch, **args)
         save_tensors(path, {"z": z, "x": x} | ({"cond": cond} if kinds else {}))
-    return {k: v.to(device) for k, v in load_tensors(path).items()}
+    return {k: v if k == "cond" else resident(v, device) for k, v in load_tensors(path).items()}
 
 
 def guided_by(teacher, cfg, prompts=None):
@@ -275,8 +275,9 @@ class Draw:
 
     def dropped(self, cond, n):
         """cond (n, ...) with a share cfg.critic_dropout replaced by "no class" or the empty prompt."""
-        drop = rows(lambda n: torch.rand(n, generator=self.rng) < self.cfg.critic_dropout, n).to(self.device)
+        drop = rows(lambda n: torch.rand(n, generator=self.rng) < self.cfg.critic_dropout, n)
         empty = self.teacher.net.net.empty.to(cond) if self.prompts else torch.full_like(cond, -1)
+        drop = drop.to(self.device, non_blocking=True)
         return torch.where(drop.reshape(-1, *[1] * (cond.ndim - 1)), empty, cond)
 
     def __call__(self):
@@ -293,9 +294,10 @@ class Draw:
         if cfg.w_disc and cfg.method == "dmd2":
             batch.real, batch.real_cond = self.real(n)
         if self.pairs:
-            index = self.integers(len(self.pairs["z"]), n).to(self.device, non_blocking=True)
-            batch.pair_z, batch.pair_x = self.pairs["z"][index][None], self.pairs["x"][index]
+            index = self.integers(len(self.pairs["z"]), n)
             batch.pair_cond = self.cond(self.pairs["cond"][index]) if "cond" in self.pairs else None
+            z, batch.pair_x = (look_up(self.pairs[name], index, self.device) for name in ("z", "x"))
+            batch.pair_z = z[None]
         return batch
 
 

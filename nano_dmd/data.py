@@ -27,7 +27,20 @@ from nano_dmd.noise import expand, rows
 
 DIGITS = Path(__file__).parent / "assets" / "digits8x8.npz"
 SUFFIXES = (".png", ".jpg", ".jpeg")
-RESIDENT = 2**31                                                  # bytes; larger sets stay in their file, off the device
+RESIDENT = 2**31                                                  # bytes; a larger table stays in its file, off the device
+
+
+def resident(table, device):
+    """A table (N, ...) on device if it is small enough; else where it is, in the host's memory or a mapped file."""
+    return table.to(device) if table.nbytes < RESIDENT else table
+
+
+def look_up(table, index, device):
+    """Rows number index (B,), which are on the CPU, of a resident() table: (B, ...) on device, which is not waited for."""
+    found = table[index.to(table.device, non_blocking=True)]
+    if device.type == "cuda" and not found.is_cuda:
+        found = found.pin_memory()
+    return found.to(device, non_blocking=True)
 
 
 class TensorData:
@@ -35,7 +48,7 @@ class TensorData:
 
     def __init__(self, pixels, labels=None, device=None, flip=False):
         self.device, self.flip = torch.device(device or pixels.device), flip
-        self.pixels = pixels.to(self.device) if pixels.nbytes < RESIDENT else pixels
+        self.pixels = resident(pixels, self.device)
         self.labels = None if labels is None else labels.to(self.device)
         self.shape, self.classes = tuple(pixels.shape[1:]), 0 if labels is None else int(labels.max()) + 1
 
@@ -53,10 +66,7 @@ class TensorData:
 
     def images(self, index):
         """Images number index (B,) int64 -> (B, C, H, W) float32 in [-1, 1] on the device."""
-        batch = self.pixels[index.to(self.pixels.device)]
-        if self.device.type == "cuda" and not batch.is_cuda:
-            batch = batch.pin_memory()
-        return to_float(batch.to(self.device, non_blocking=True))
+        return to_float(look_up(self.pixels, index, self.device))
 
     def sample(self, n, generator=None):
         """n images drawn with replacement, mirrored at random if flip; of N processes, each gets its n of a joint draw.
@@ -64,9 +74,9 @@ class TensorData:
         The CPU generator makes the order independent of the device.
         """
         index = rows(lambda n: torch.randint(len(self), (n,), generator=generator), n)
-        x, cond = self.images(index), None if self.labels is None else self.labels[index.to(self.device)]
+        x, cond = self.images(index), None if self.labels is None else look_up(self.labels, index, self.device)
         if self.flip:
-            mirror = rows(lambda n: torch.randint(2, (n,), generator=generator), n).bool().to(self.device)
+            mirror = rows(lambda n: torch.randint(2, (n,), generator=generator), n).bool().to(self.device, non_blocking=True)
             x = torch.where(expand(mirror, x), x.flip(-1), x)
         return x, cond
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from nano_dmd.noise import add_noise
+from nano_dmd.noise import add_noise, forked
 
 LEVELS = (0.05, 0.15, 0.5, 1.5, 5.0)                              # sigma, data units
 
@@ -45,7 +45,7 @@ def gradient_norms(x, terms, nets, batch, cfg):
 def diagnose(terms, nets, batch, cfg):
     """All of the above as plain numbers.  Draws from a forked random stream: training does not notice."""
     batch = replace(batch, seen={})
-    with torch.random.fork_rng([batch.z.device] if batch.z.is_cuda else []):
+    with forked(batch.z.device):
         with torch.no_grad():
             x = nets.generator(batch.z, batch.cond, batch.step, batch.start)
             mesm, fake_loss = gaps(x, nets, batch.cond)

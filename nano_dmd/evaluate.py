@@ -30,6 +30,7 @@ from nano_dmd.assemble import find_data, is_latent, pick_device
 from nano_dmd.checkpoint import UserError, cache_dir, command, load_tensors, load_weights, save_tensors
 from nano_dmd.data import TensorData, load_data
 from nano_dmd.generator import Generator
+from nano_dmd.noise import forked
 from nano_dmd.presets import parser, read_config
 from nano_dmd.teacher import fast_bf16, heun, load_teacher
 
@@ -87,7 +88,7 @@ def digit_classifier(data):
     """The classifier behind feat_fd, trained once on the even-numbered images (2 s) and cached; fixed seed."""
     net, path = Classifier(), cache_dir() / "classifier-digits-1.safetensors"
     if not path.exists():
-        with torch.random.fork_rng(), torch.enable_grad():
+        with forked(data.device), torch.enable_grad():
             torch.manual_seed(0)
             net, x, labels = Classifier(), data.x[::2].cpu(), data.labels[::2].cpu()
             opt = torch.optim.Adam(net.parameters(), lr=2e-3)

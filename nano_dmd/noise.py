@@ -93,6 +93,15 @@ def rows(draw, n):
     return draw(PROCESS["count"] * n)[first : first + n]
 
 
+def forked(device):
+    """A context whose random draws, on the CPU and on device, leave no trace: afterwards all goes on as if it had not been.
+
+    By its own choice torch would fork on every GPU there is, and so set up all eight from each of eight processes.
+    """
+    device = torch.device(device)
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
 def draw_noise(x):
     """Unit normal noise of the shape of x (B, *S)."""
     return rows(lambda n: torch.randn(n, *x.shape[1:], device=x.device, dtype=x.dtype), len(x))

@@ -99,6 +99,8 @@ def log_scale(ax):
     """Logarithmic y axis of what is drawn already, with ticks that read 0.02 also where it spans one decade."""
     from matplotlib.ticker import LogLocator
 
+    if ax.dataLim.ymax <= 0:                                      # all zero: a fake score that nothing trains
+        return
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))

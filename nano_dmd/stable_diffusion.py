@@ -19,7 +19,7 @@ from tqdm import tqdm
 from nano_dmd import hub
 from nano_dmd.checkpoint import UserError, cache_dir, first_line, unwritable
 from nano_dmd.data import image_files, middle_square, write_rows
-from nano_dmd.noise import PROCESS, sd_sigmas
+from nano_dmd.noise import PROCESS, forked, sd_sigmas
 from nano_dmd.teacher import FromEps, FromV, Teacher
 
 # Networks of the published sizes with random weights and made-up embeddings: to measure speed and memory, nothing else.
@@ -78,7 +78,7 @@ def load(name, device):
     from diffusers import UNet2DConditionModel
 
     if name in RANDOM:
-        with torch.random.fork_rng():
+        with forked(device):
             torch.manual_seed(0)
             unet, kind, sigmas, decode = UNet2DConditionModel(**RANDOM[name]), "epsilon", sd_sigmas(), None
     else:
@@ -238,7 +238,7 @@ class Latents:
         index = torch.randint(len(self), (n,), generator=rng)
         mean, log_variance = torch.from_numpy(self.table[index.numpy()].astype(np.float32)).chunk(2, dim=1)
         x = mean + (log_variance / 2).exp() * torch.randn(mean.shape, generator=rng)
-        return x.to(self.device), self.prompts[index].to(self.device)
+        return x.to(self.device, non_blocking=True), self.prompts[index].to(self.device, non_blocking=True)
 
 
 def captioned(folder):

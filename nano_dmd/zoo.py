@@ -14,6 +14,7 @@ import torch
 from nano_dmd.checkpoint import UserError, cache_dir, load_tensors, load_weights, read_json, save_tensors, write_json
 from nano_dmd.data import load_data
 from nano_dmd.networks import MLP, UNet
+from nano_dmd.noise import forked
 from nano_dmd.teacher import EDM, Teacher, fast_bf16, train_teacher
 
 SMALL_EDM = dict(model_type="SongUNet", img_resolution=32, img_channels=3, label_dim=10, model_channels=64,
@@ -60,7 +61,7 @@ def fit_or_load(name, data_name, recipe, device, seed=0, show=True):
     if not (folder / "teacher.safetensors").exists():
         start = time.process_time(), time.perf_counter()
         data = load_data(data_name, device)
-        with torch.random.fork_rng():
+        with forked(device):
             torch.manual_seed(seed)
             net, rng = build(recipe, device).to(device), torch.Generator().manual_seed(seed)
             net = train_teacher(net, lambda n: data.sample(n, rng), recipe, show)

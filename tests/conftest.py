@@ -1,10 +1,16 @@
-"""What every test gets: one thread, a cache of its own, and tiny runs that skip the final evaluation."""
+"""What every test gets: one thread, a cache of its own, tiny runs that skip the final evaluation, and a device to be tried."""
+
+import contextlib
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nano_dmd import assemble, evaluate, train
+from nano_dmd.presets import resolve
 
+META = torch.device("meta")
 TOY = ["--preset", "toy", "--device", "cpu", "--teacher_steps", "50", "--batch", "32"]
 
 
@@ -37,3 +43,49 @@ def toy_run(tmp_path_factory):
         train.main([*TOY, "--method", "sid", "--steps", "20", "--seed", "3", "--out", str(out),
                     "--log_every", "5", "--sample_every", "10", "--save_every", "10"])
     return out
+
+
+class OneDevice(TorchDispatchMode):
+    """Raises where an operation meets two devices, as on a GPU, and where a copy to the device waits for all work there.
+
+    Numbers (no dimensions) may cross.
+    """
+
+    waits = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, copy = kwargs or {}, func._opname in ("_to_copy", "copy_")
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.ndim]
+        places = {t.device for t in tensors} | ({torch.device(kwargs["device"])} if copy and kwargs.get("device") else set())
+        if tensors and len(places) > 1 and not copy:
+            raise RuntimeError(f"{func} meets {[(str(t.device), tuple(t.shape)) for t in tensors]}")
+        if tensors and len(places) > 1 and not (self.waits or kwargs.get("non_blocking") or True in args[2:]):
+            raise RuntimeError(f"a copy of {tuple(tensors[0].shape)} waits for the device: non_blocking=True")
+        return func(*args, **kwargs)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """A context that is OneDevice, on a torch without what the meta device lacks: fused optimisers and autocast."""
+    for kind in (torch.optim.Adam, torch.optim.AdamW):
+        monkeypatch.setattr(torch.optim, kind.__name__, lambda params, fused, kind=kind, **args: kind(params, **args))
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+    return OneDevice()
+
+
+@pytest.fixture
+def step_on_meta(monkeypatch, one_device):
+    """function(overrides): the logs of a train_step, the second, on torch's meta device."""
+    monkeypatch.setattr(assemble, "weights_digest", lambda net: "the same for both")
+
+    def function(overrides):
+        cfg = resolve(dict(steps=5, batch=8, teacher_steps=2, pairs=8, pair_steps=2) | overrides)
+        train.prepare(cfg, torch.device("cpu"))                   # leaves teacher and pairs in the cache
+        with one_device:
+            one_device.waits = True
+            _, nets, opts, draw = train.prepare(cfg, META)
+            train.train_step(nets, opts, draw, cfg, 2)            # tables are copied to the device once
+            one_device.waits = False
+            return train.train_step(nets, opts, draw, cfg, 3)
+
+    return function

@@ -125,7 +125,7 @@ MUTANTS = [
     Mutant("regression: classes of another batch", "",
            f"{DMD}:regression_loss", "batch.pair_cond", "batch.cond", on_losses.test_regression_loss_by_hand),
     Mutant("regression: noise and image of different pairs", "",
-           "nano_dmd.assemble:Draw.__call__", 'self.pairs["x"][index]', 'self.pairs["x"][index.flip(0)]',
+           "nano_dmd.assemble:Draw.__call__", "batch.pair_z = z[None]", "batch.pair_z = z.flip(0)[None]",
            on_losses.test_noise_image_pairs_stay_together),
     # ---- SiD
     Mutant("sid: sign of alpha", "",

@@ -55,6 +55,16 @@ def test_teacher_is_a_reference_where_the_log_has_it(run):
     assert curves(samples)["spread of the teacher"][1] == [0.4, 0.4] and "x_mean of the teacher" not in curves(samples)
 
 
+@pytest.mark.filterwarnings("error:Data has no positive values")
+def test_a_fake_score_that_is_the_teacher_has_no_logarithm(run):
+    """regression alone: d_fake = d_real throughout, so the gap is drawn on a linear scale, without matplotlib's warning."""
+    lines = [json.loads(line) | {"mesm": [0.0] * len(LEVELS)} for line in open(run / "log.jsonl")]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    fig = plot.diagnostics([run])
+    fig.canvas.draw()
+    assert [ax.get_yscale() for ax in fig.axes[:2]] == ["linear", "log"]
+
+
 def test_several_runs_differ_in_line_style(run, tmp_path):
     """A quantity keeps its colour and appears once in the legend; the runs are named above the panels."""
     second = tmp_path / "second"

@@ -22,6 +22,7 @@ class Mixture:
         self.std = torch.as_tensor(std, dtype=torch.float32).expand(k).clone()
         weights = torch.ones(k) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
         self.weights, self.labels = weights / weights.sum(), labels
+        self.odds = self.weights                                  # stay on the CPU: to draw there, a GPU need not be waited for
         self.shape = tuple(self.means.shape[1:])
         self.classes = 0 if labels is None else int(labels.max()) + 1
 
@@ -37,8 +38,8 @@ class Mixture:
 
     def sample(self, n, generator=None):
         """n clean points (n, D) and their labels; a CPU generator gives the same points on every device."""
-        k = torch.multinomial(self.weights.cpu(), n, replacement=True, generator=generator).to(self.means.device)
-        noise = torch.randn(n, *self.shape, generator=generator).to(self.means)
+        k = torch.multinomial(self.odds, n, replacement=True, generator=generator).to(self.means.device, non_blocking=True)
+        noise = torch.randn(n, *self.shape, generator=generator).to(self.means, non_blocking=True)
         return self.means[k] + self.std[k, None] * noise, None if self.labels is None else self.labels[k]
 
     def _log_terms(self, x, sigma, cond=None):
