@@ -27,7 +27,7 @@ from nano_dmd.parallel import whole
 from nano_dmd.real_score import RealScore
 from nano_dmd.teacher import fast_bf16, heun, load_teacher, make_pairs
 from nano_dmd.tracking import tracker
-from nano_dmd.zoo import RECIPES, fit_or_load, weights_digest
+from nano_dmd.zoo import RECIPES, compile_net, fit_or_load, weights_digest
 
 
 @dataclass
@@ -77,10 +77,10 @@ def use_threads(count, device):
 
 def find_teacher(cfg, device):
     """The Teacher, with a network to start students from: an exact mixture gets one fitted to it."""
-    teacher = load_teacher(cfg.teacher, device, cfg.teacher_steps, cfg.teacher_seed, cfg.data)
+    teacher = load_teacher(cfg.teacher, device, cfg.teacher_steps, cfg.teacher_seed, cfg.data, compile=cfg.compile)
     if teacher.net is None:
         steps = {"steps": cfg.teacher_steps} if cfg.teacher_steps else {}
-        net, recipe = fit_or_load(cfg.teacher, cfg.teacher, RECIPES["toy"] | steps, device, cfg.teacher_seed)
+        net, recipe = fit_or_load(cfg.teacher, cfg.teacher, RECIPES["toy"] | steps, device, cfg.teacher_seed, compile=cfg.compile)
         teacher = teacher._replace(net=net, recipe=recipe)
     return teacher
 
@@ -169,6 +169,8 @@ def build(cfg, teacher, device):
     # drawn without GAN too, or the same seed would start another run; but not 10 M weights of it
     discriminator = nn.Identity() if is_latent(teacher) and not cfg.w_disc else Discriminator(features.shape[1:]).to(device)
     ema = sharing_copy(generator).requires_grad_(False) if cfg.ema else generator
+    for net in (generator.net, fake.net, teacher.net) if cfg.compile else ():
+        compile_net(net.net)
     nets = Nets(RealScore(teacher.denoiser, cfg.guidance), fake, discriminator, generator, ema, teacher.sigma_data)
     if cfg.reg_loss == "lpips" and cfg.method in ("dmd", "regression"):
         nets.lpips = perceptual_distance(cfg, teacher, device)
@@ -237,14 +239,12 @@ def lend(denoiser, device):
 
 
 def tune(denoiser, cfg, device):
-    """Speed and memory of one network, by cfg: precision, recomputation, compilation (in place: names stay)."""
+    """Speed and memory of one network, by cfg: precision and recomputation."""
     denoiser.bf16 = cfg.bf16 and fast_bf16(device)
     if cfg.checkpointing:
         if not hasattr(denoiser.net, "checkpointing"):
             raise UserError(f"--checkpointing: {type(denoiser.net).__name__} cannot recompute activations; leave it out")
         denoiser.net.checkpointing = True
-    if cfg.compile:
-        denoiser.net.compile()
 
 
 class Draw:

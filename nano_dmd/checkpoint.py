@@ -26,10 +26,12 @@ def command(main):
     except UserError as e:
         sys.exit(_complain(str(e)))
     except Exception as e:
-        if not out_of_memory(e):
-            raise
-        sys.exit(_complain(f"out of memory ({first_line(e)}); try a smaller --batch or, with the same result, a "
-                           "larger --accumulate; --checkpointing, --lora_critic 64 and --adam8bit help large networks"))
+        if out_of_memory(e):
+            sys.exit(_complain(f"out of memory ({first_line(e)}); try a smaller --batch or, with the same result, a "
+                               "larger --accumulate; --checkpointing, --lora_critic 64 and --adam8bit help large networks"))
+        if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            sys.exit(_complain(f"torch.compile does not work here ({first_line(e)}); add --no-compile"))
+        raise
     except KeyboardInterrupt:
         print("\nstopped; a training run goes on from its last checkpoint with --resume; one without a checkpoint yet starts "
               "again, with teacher and pairs from the cache", file=sys.stderr)

@@ -27,7 +27,7 @@ class Config:
     bf16: bool = knob(False, "run the networks (not x, not the losses) in bfloat16, where the device can")
     tf32: bool = knob(True, "allow TensorFloat-32 matrix products and convolutions on CUDA")
     shard: bool = knob(False, "several processes: split weights and optimiser state among them (FSDP2); LoRA stays whole")
-    compile: bool = knob(False, "torch.compile the networks: a minute or more at the start, faster steps on CUDA")
+    compile: bool = knob(False, "torch.compile the steps, of a teacher trained here too: minutes at the start, faster on CUDA")
     checkpointing: bool = knob(False, "recompute activations in backward: less memory, one more forward (EDM, Stable Diffusion)")
 
     teacher: str = knob("digits", "toy:NAME | digits | edm:NAME | FILE.pkl | hub name or folder | a run's folder")

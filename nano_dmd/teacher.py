@@ -170,7 +170,7 @@ def lerp(slow, fast, weight):
     torch._foreach_lerp_(*map(list, zip(*moving)), weight)
 
 
-def load_teacher(name, device="cpu", steps=0, seed=0, data="", show=True):
+def load_teacher(name, device="cpu", steps=0, seed=0, data="", show=True, compile=False):
     """A Teacher by name.
 
     toy:NAME        exact mixture, see toy.mixtures.MIXTURES; its score has no error at any sigma
@@ -181,11 +181,11 @@ def load_teacher(name, device="cpu", steps=0, seed=0, data="", show=True):
     a folder        of a previous run, of the cache, or of a diffusers pipeline with a UNet2DModel
     OWNER/MODEL     such a pipeline on the hub, google/ddpm-cifar10-32 for example
 
-    steps, seed override the training recipe.  raises UserError if there is no such teacher.
+    steps, seed override the training recipe, compile speeds it up.  raises UserError if there is no such teacher.
     """
     from nano_dmd.zoo import find                                 # files and downloads: not on the reading path
 
-    return find(name, device, steps, seed, data, show)
+    return find(name, device, steps, seed, data, show, compile)
 
 
 def make_pairs(denoiser, z, cond=None, batch=500, show=True, **heun_args):

@@ -29,7 +29,7 @@ from nano_dmd.presets import (PRESETS, Config, add_config_flags, describe, free_
                               resolve, resolve_resumed)
 from nano_dmd.sid_loss import sid_loss
 from nano_dmd.teacher import fast_bf16
-from nano_dmd.zoo import save_teacher
+from nano_dmd.zoo import compiled, save_teacher
 
 
 class Method(NamedTuple):
@@ -120,7 +120,8 @@ def train(cfg, nets, opts, draw, peek, out, step=0, seconds=(0.0, 0.0)):
     bar = tqdm(range(step, cfg.steps), initial=step, total=cfg.steps, desc=cfg.method, disable=not writes)
     for step in bar:
         set_learning_rates(opts, step, cfg)
-        logs = train_step(nets, opts, draw, cfg, step)
+        with compiled(True, asked=cfg.compile):
+            logs = train_step(nets, opts, draw, cfg, step)
         history.append((step + 1, logs, draw.latest.seen))
         done, last = step + 1, step + 1 == cfg.steps
         log, save = done % cfg.log_every == 0 or last, done % cfg.save_every == 0 or last
@@ -278,7 +279,8 @@ def main(argv=None):
         if "out" in given:
             raise UserError(f"{cfg.out} already holds a run: add --resume to go on with it, or choose another --out")
         cfg = replace(cfg, out=free_folder(cfg.out))
-    report = run(cfg, resume)
+    with compiled(False, asked=cfg.compile):                      # but for the steps
+        report = run(cfg, resume)
     if not first:
         return
     if have_matplotlib():

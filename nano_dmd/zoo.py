@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -53,7 +54,22 @@ def build(recipe, device="cpu"):
     return EDM({"mlp": MLP, "unet": UNet}[kind](**args), recipe["sigma_data"], bf16)
 
 
-def fit_or_load(name, data_name, recipe, device, seed=0, show=True):
+def compile_net(net):
+    """torch.compile a network in place, its features too, where the GAN looks in; each batch size becomes a graph of its own."""
+    net.compile(dynamic=False)
+    net.features = torch.compile(net.features, dynamic=False)
+
+
+def compiled(on, *, asked):
+    """A context in which networks run compiled or not, if compiling was asked for at all.
+
+    Steps run compiled, all else (pictures, metrics) as it is: it comes in sizes of its own, each of which would have to be
+    compiled, and after eight kinds of call torch gives up and runs everything as it is.
+    """
+    return torch.compiler.set_stance("default" if on else "force_eager") if asked else nullcontext()
+
+
+def fit_or_load(name, data_name, recipe, device, seed=0, show=True, compile=False):
     """(network, recipe) trained on a data set, from the cache if the same recipe was trained before."""
     recipe = dict(recipe, data=data_name, seed=seed)
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:10]
@@ -61,9 +77,11 @@ def fit_or_load(name, data_name, recipe, device, seed=0, show=True):
     if not (folder / "teacher.safetensors").exists():
         start = time.process_time(), time.perf_counter()
         data = load_data(data_name, device)
-        with forked(device):
+        with forked(device), compiled(True, asked=compile):
             torch.manual_seed(seed)
             net, rng = build(recipe, device).to(device), torch.Generator().manual_seed(seed)
+            if compile:
+                compile_net(net.net)
             net = train_teacher(net, lambda n: data.sample(n, rng), recipe, show)
         save_teacher(folder, net, dict(recipe, shape=list(data.shape), classes=data.classes,
                                        cpu_seconds=round(time.process_time() - start[0], 1),
@@ -101,7 +119,7 @@ def weights_digest(net):
     return hashlib.sha256(data).hexdigest()[:10]
 
 
-def find(name, device, steps, seed, data, show):
+def find(name, device, steps, seed, data, show, compile):
     """See teacher.load_teacher."""
     if name.startswith("toy:"):
         mixture = load_data(name, device)
@@ -112,7 +130,7 @@ def find(name, device, steps, seed, data, show):
         return load(source, device)
     if name in RECIPES and name != "toy":
         recipe = dict(RECIPES[name], **({"steps": steps} if steps else {}))
-        net, recipe = fit_or_load(name, recipe["data"] or data or "cifar10", recipe, device, seed, show)
+        net, recipe = fit_or_load(name, recipe["data"] or data or "cifar10", recipe, device, seed, show, compile)
     else:
         net, recipe = read_teacher(folder_of(name), device)
     return Teacher(net, tuple(recipe["shape"]), recipe["classes"], recipe["sigma_data"], recipe["data"], net, recipe)

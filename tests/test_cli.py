@@ -446,6 +446,13 @@ def test_full_memory(last_words):
     assert re.match("error: out of memory .*; try a smaller --batch", last_words(TOY + ["--batch", str(10**15)]))
 
 
+def test_torch_compile_that_does_not_work(last_words, monkeypatch):
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    at_step(monkeypatch, 2, fail(InvalidCxxCompiler()))
+    assert re.match("error: torch.compile does not work here .*; add --no-compile", last_words(TOY))
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path, quick):
     """Only mistakes and full machines become sentences."""
     monkeypatch.chdir(tmp_path)
