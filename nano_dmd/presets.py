@@ -159,7 +159,7 @@ PRESETS = {
     "cifar10-small":        dict(teacher="cifar10-small", method="dmd", bf16=True, sigmas="2.5", dm_sigma="lognormal(-0.8,1.4)", gan_sigma="lognormal(-0.5,1.2)", batch=32, steps=300, sample_every=100, save_every=100, pairs=1500, eval_images=1000),
     "cifar10-small-dmd":    dict(control=True),
     "cifar10-small-dmd2":   dict(critic_steps=2, steps=200, lr_generator=2e-4, w_gan=0.1, w_disc=0.03),
-    "cifar10-small-sid":    dict(lr_generator=5e-4, lr_critic=1.5e-3),
+    "cifar10-small-sid":    dict(lr_generator=1e-4, lr_critic=1e-3),
 }
 # fmt: on
 
