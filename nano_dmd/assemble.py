@@ -22,7 +22,7 @@ from nano_dmd.fake_score import FakeScore
 from nano_dmd.gan import Discriminator
 from nano_dmd.generator import Generator
 from nano_dmd.lora import sharing_copy
-from nano_dmd.noise import PROCESS, Batch, add_noise, rows
+from nano_dmd.noise import PROCESS, Batch, add_noise, expand, rows
 from nano_dmd.parallel import whole
 from nano_dmd.real_score import RealScore
 from nano_dmd.teacher import fast_bf16, heun, load_teacher, make_pairs
@@ -277,8 +277,7 @@ class Draw:
         """cond (n, ...) with a share cfg.critic_dropout replaced by "no class" or the empty prompt."""
         drop = rows(lambda n: torch.rand(n, generator=self.rng) < self.cfg.critic_dropout, n)
         empty = self.teacher.net.net.empty.to(cond) if self.prompts else torch.full_like(cond, -1)
-        drop = drop.to(self.device, non_blocking=True)
-        return torch.where(drop.reshape(-1, *[1] * (cond.ndim - 1)), empty, cond)
+        return torch.where(expand(drop.to(self.device, non_blocking=True), cond), empty, cond)
 
     def __call__(self):
         cfg, classes, n = self.cfg, self.teacher.classes, self.cfg.batch // (PROCESS["count"] * self.cfg.accumulate)

@@ -8,8 +8,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from nano_dmd import train, zoo
-from nano_dmd.data import load_digits
+from nano_dmd import data, evaluate, train, zoo
 from nano_dmd.noise import forked
 from nano_dmd.teacher import load_teacher, train_teacher
 
@@ -47,6 +46,13 @@ def test_so_does_a_step_of_edms_networks(method, step_on_meta, monkeypatch):
     step_on_meta(dict(preset="digits", method=method, flip=True, guidance=2.0, checkpointing=True))
 
 
+@pytest.mark.parametrize("method", ["dmd", "dmd2"])
+def test_so_does_a_step_on_data_too_large_for_it(method, step_on_meta, monkeypatch):
+    """Pairs and images stay in the host's memory; the rows that a step looks at travel."""
+    monkeypatch.setattr(data, "RESIDENT", 0)
+    step_on_meta(dict(preset="digits", method=method))
+
+
 def test_so_does_a_step_of_diffusers_networks(step_on_meta, tmp_path):
     unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32),
                        norm_num_groups=8, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
@@ -60,19 +66,20 @@ def test_so_does_the_training_of_a_teacher(one_device, monkeypatch):
     item = torch.Tensor.item
     monkeypatch.setattr(torch.Tensor, "item", lambda self: 0.0 if self.is_meta else item(self))
     recipe = dict(zoo.RECIPES["digits"], steps=2, batch=4, label_dropout=0.1)
-    net, data = zoo.build(recipe, "meta").to("meta"), load_digits("meta")
+    net, digits = zoo.build(recipe, "meta").to("meta"), data.load_digits("meta")
     with one_device:
-        ema = train_teacher(net, lambda n: data.sample(n, torch.Generator()), recipe, show=False)
+        ema = train_teacher(net, lambda n: digits.sample(n, torch.Generator()), recipe, show=False)
     assert all(p.device.type == "meta" for p in ema.parameters())
 
 
-def test_random_streams_of_other_devices_are_left_alone(monkeypatch, tmp_path):
+def test_random_streams_of_other_devices_are_left_alone(monkeypatch, tmp_path, quick):
     """torch's own default for fork_rng is every GPU, on each of which every process would then take memory."""
     asked, fork = [], torch.random.fork_rng
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices=None: (asked.append(devices), fork([]))[1])
     monkeypatch.setenv("NANO_DMD_CACHE", str(tmp_path))
     train.main(["--preset", "digits", "--method", "sid", "--device", "cpu", "--teacher_steps", "1", "--steps", "1",
                 "--batch", "2", "--out", str(tmp_path / "run")])
+    evaluate.digit_classifier(data.load_digits())
     load_teacher("random:tiny")
     assert len(asked) == 4 and all(devices == [] for devices in asked)                # teacher, diagnostics, classifier, weights
     forked("cuda:3")
