@@ -6,7 +6,7 @@ work first, is an error there. So a step that runs on it (conftest.step_on_meta)
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from test_hub import pipeline
 
 from nano_dmd import data, evaluate, train, zoo
 from nano_dmd.noise import forked
@@ -54,10 +54,7 @@ def test_so_does_a_step_on_data_too_large_for_it(method, step_on_meta, monkeypat
 
 
 def test_so_does_a_step_of_diffusers_networks(step_on_meta, tmp_path):
-    unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32),
-                       norm_num_groups=8, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-                       up_block_types=("AttnUpBlock2D", "UpBlock2D"))
-    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
+    pipeline(tmp_path)
     step_on_meta(dict(preset="digits", teacher=str(tmp_path), method="dmd2", data="digits", **GAN))
 
 
