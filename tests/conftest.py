@@ -1,6 +1,7 @@
 """What every test gets: one thread, a cache of its own, tiny runs that skip the final evaluation, and a device to be tried."""
 
 import contextlib
+import warnings
 
 import pytest
 import torch
@@ -81,6 +82,7 @@ def step_on_meta(monkeypatch, one_device):
     def function(overrides):
         cfg = resolve(dict(steps=5, batch=8, teacher_steps=2, pairs=8, pair_steps=2) | overrides)
         train.prepare(cfg, torch.device("cpu"))                   # leaves teacher and pairs in the cache
+        warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
         with one_device:
             one_device.waits = True
             _, nets, opts, draw = train.prepare(cfg, META)

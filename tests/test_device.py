@@ -12,8 +12,6 @@ from nano_dmd import data, evaluate, train, zoo
 from nano_dmd.noise import forked
 from nano_dmd.teacher import load_teacher, train_teacher
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
-
 EDM_ARGS = dict(model_type="SongUNet", img_resolution=8, img_channels=1, label_dim=10, model_channels=16, channel_mult=[1, 2],
                 num_blocks=1, attn_resolutions=[4])
 GAN = dict(w_gan=0.1, w_disc=0.1)

@@ -131,16 +131,16 @@ def test_recomputing_activations_changes_nothing(flags, tmp_path, quick):
                     "--out", str(tmp_path / "c")])
 
 
-TINY = ["--preset", "toy", "--device", "cpu", "--teacher_steps", "5", "--batch", "32", "--steps", "3"]
+TINY = ["--device", "cpu", "--teacher_steps", "5", "--batch", "32", "--steps", "3"]
 
 
 def test_compiled_and_eager_agree(tmp_path, quick, monkeypatch):
     """--compile: the same weights to 1e-4 after 5 updates of the teacher and 3 of the student, of size lr = 2e-3 (fused
     kernels round differently)."""
     monkeypatch.setenv("NANO_DMD_CACHE", str(tmp_path / "cache a"))
-    plain = trained([*TINY, "--method", "sid"], tmp_path / "a")
+    plain = trained([*TINY, "--preset", "toy-sid"], tmp_path / "a")
     monkeypatch.setenv("NANO_DMD_CACHE", str(tmp_path / "cache b"))
-    compiled = trained([*TINY, "--method", "sid"], tmp_path / "b", "--compile")
+    compiled = trained([*TINY, "--preset", "toy-sid"], tmp_path / "b", "--compile")
     assert plain.keys() == compiled.keys() and largest_difference(plain, compiled) <= 1e-4
 
 
@@ -157,8 +157,7 @@ def test_steps_are_compiled_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "have_matplotlib", lambda: False)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     torch._dynamo.reset()
-    trained(TINY, tmp_path / "run", "--preset", "digits", "--method", "dmd2", "--compile", "--log_every", "1", "--sample_every",
-            "1")
+    trained([*TINY, "--preset", "digits-dmd2"], tmp_path / "run", "--compile", "--log_every", "1", "--sample_every", "1")
     torch._dynamo.reset()
     assert set.union(*graphs) == {128, 32, 64} and len(graphs) <= 8
 

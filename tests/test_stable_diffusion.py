@@ -426,14 +426,6 @@ def test_presets_train_resume_and_report(preset, option, sd, prompts, photos, tm
     check_option(option, argv, tmp_path, whole)
 
 
-@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
-@pytest.mark.parametrize("preset, option", [p for p in PRESETS if p[1] in ("full", "critic", "both")])
-def test_a_step_keeps_to_its_device_and_never_waits_for_it(preset, option, sd, prompts, photos, step_on_meta):
-    flags = {name[2:]: int(rank) for name, rank in zip(OPTIONS[option][::2], OPTIONS[option][1::2])}
-    step_on_meta(dict(preset=preset, teacher=sd, prompts=prompts, data=photos if preset.endswith("gan") else "", batch=4,
-                      critic_steps=2, half_frozen=False) | flags)
-
-
 def check_option(option, argv, tmp_path, whole):
     """8bit: moments of large weights take a byte each.  offload: the same numbers as without."""
     if option == "8bit":
@@ -444,6 +436,13 @@ def check_option(option, argv, tmp_path, whole):
         train.main([*argv, "--no-offload_teacher", "--out", str(tmp_path / "resident")])
         resident = load_tensors(tmp_path / "resident" / "generator.safetensors")
         assert all(torch.equal(whole[k], resident[k]) for k in whole)
+
+
+@pytest.mark.parametrize("preset, option", [p for p in PRESETS if p[1] in ("full", "critic", "both")])
+def test_a_step_keeps_to_its_device_and_never_waits_for_it(preset, option, sd, prompts, photos, step_on_meta):
+    flags = {name[2:]: int(rank) for name, rank in zip(OPTIONS[option][::2], OPTIONS[option][1::2])}
+    step_on_meta(dict(preset=preset, teacher=sd, prompts=prompts, data=photos if preset.endswith("gan") else "", batch=4,
+                      critic_steps=2, half_frozen=False) | flags)
 
 
 def test_an_offloaded_teacher_visits_the_device(monkeypatch):

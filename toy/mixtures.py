@@ -22,7 +22,7 @@ class Mixture:
         self.std = torch.as_tensor(std, dtype=torch.float32).expand(k).clone()
         weights = torch.ones(k) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
         self.weights, self.labels = weights / weights.sum(), labels
-        self.odds = self.weights                                  # stay on the CPU: to draw there, a GPU need not be waited for
+        self.odds = self.weights.cpu()                            # never moved: to draw there, a GPU need not be waited for
         self.shape = tuple(self.means.shape[1:])
         self.classes = 0 if labels is None else int(labels.max()) + 1
 
