@@ -23,7 +23,7 @@ from nano_dmd.dmd_loss import diff_instruct_loss, dmd_loss, regression_loss
 from nano_dmd.fake_score import denoising_loss
 from nano_dmd.gan import gan_critic_loss, gan_generator_loss
 from nano_dmd.generator import update_ema
-from nano_dmd.parallel import averaging, first_then_others, leave, share, start, whole
+from nano_dmd.parallel import averaging, end, first_then_others, leave, share, start, whole
 from nano_dmd.plot import have_matplotlib, plot_run
 from nano_dmd.presets import (PRESETS, Config, add_config_flags, describe, free_folder, parser,  # noqa: F401 (PRESETS: public)
                               resolve, resolve_resumed)
@@ -292,3 +292,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     command(main)
+    end()

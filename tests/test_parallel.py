@@ -129,14 +129,29 @@ def test_a_batch_that_cannot_be_shared(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+ENDS = """
+import atexit, os
+
+class Witness:
+    def __del__(self):
+        os.write(1, b"the interpreter shuts down.")
+
+atexit.register(os.write, 1, b"exit handlers run.")
+witness = Witness()
+"""
+
+
 def test_torchrun(tmp_path):
-    """The command of the README, with the real launcher."""
+    """The command of the README, with the real launcher.  Its two processes end without the interpreter's shutdown, in
+    which a thread of gloo's may abort them; the launcher itself, which has no such threads, goes through it."""
+    (tmp_path / "sitecustomize.py").write_text(ENDS)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
                            "-m", "nano_dmd.train", *RUNS["toy sid"], *SHORT, "--out", str(tmp_path / "run")],
-                          capture_output=True, text=True, timeout=120)
+                          capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     assert read_json(tmp_path / "run" / "report.json")["processes"] == 2
     assert done.stdout.count("seconds") and done.stdout.count("pictures and numbers are in") == 1
+    assert done.stdout.count("exit handlers run.") == 3 and done.stdout.count("the interpreter shuts down.") == 1
 
 
 def test_draws_are_rows_of_the_joint_draw(monkeypatch):
