@@ -50,16 +50,16 @@ class Nets:
 def pick_device(name):
     """'auto' -> cuda if there is one; 'cuda' -> under torchrun, this process's own.
 
-    raises UserError for a device this machine lacks.
+    raises UserError for a device that this machine lacks or that cannot do what is needed.
     """
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
             torch.cuda.set_device(device)
-        torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, ImportError) as e:      # torch raises any of them, by kind of device
-        raise UserError(f"no device {name!r} on this machine ({first_line(e)}); try --device cpu") from e
+        torch.empty(1, dtype=torch.float64, device=device).cpu()  # heun integrates in float64, which Apple's mps has not
+    except (RuntimeError, AssertionError, ImportError, TypeError) as e:               # any of them, by kind of device
+        raise UserError(f"no device {name!r} to use on this machine ({first_line(e)}); try --device cpu") from e
     return device
 
 

@@ -35,11 +35,13 @@ class Group(nn.Module):
         return function()
 
 
-def start(cfg):
+def start(cfg, device):
     """Join the other processes, if torchrun started several; returns (this process's number, their count)."""
     rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if cfg.batch % (count * cfg.accumulate):
         raise UserError(f"--batch {cfg.batch} cannot be split evenly among {count} processes with --accumulate {cfg.accumulate}")
+    if cfg.shard and count > 1 and device.type == "cpu" and torch.__version__ < "2.7":
+        raise UserError(f"--shard on a CPU needs torch 2.7 or later, not {torch.__version__}: leave it out, or update torch")
     if count > 1 and not dist.is_initialized():                   # the timeout: all wait while one trains a teacher
         dist.init_process_group(timeout=timedelta(hours=24))
     return rank, count

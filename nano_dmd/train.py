@@ -205,7 +205,7 @@ def run(cfg, resume=False):
     Under torchrun, every process runs this; the first one writes and returns the report, the others return None.
     """
     device, out = pick_device(cfg.device), Path(cfg.out)
-    rank, processes = start(cfg)
+    rank, processes = start(cfg, device)
     check_writable(out)
     use_threads(cfg.threads, device)
     saved = load_checkpoint(out / "checkpoint.pt", device) if resume else None

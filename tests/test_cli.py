@@ -123,6 +123,18 @@ def test_no_cuda(complain):
     assert "no device 'cuda'" in complain(["--device", "cuda"])
 
 
+def test_device_without_float64(complain, monkeypatch):
+    """What Apple's GPU says, and when: it is there, but has no float64."""
+    def empty(*size, dtype=None, device=None):
+        if dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+        return torch.zeros(*size)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    text = complain(["--device", "mps"])
+    assert "no device 'mps' to use on this machine (Cannot convert a MPS Tensor to float64" in text and "--device cpu" in text
+
+
 def test_data_of_another_shape(complain, toy_run):
     """The GAN would compare digits with points; the mismatch is named before anything is written."""
     text = complain(TOY + ["--data", "digits"])                   # toy_run has trained the teacher

@@ -12,10 +12,12 @@ import sys
 import pytest
 import torch
 from test_resume import RUNS, die_at, skip_evaluation
+from torch.torch_version import TorchVersion
 
-from nano_dmd import noise, train
-from nano_dmd.checkpoint import command, load_tensors, read_json
+from nano_dmd import noise, parallel, train
+from nano_dmd.checkpoint import UserError, command, load_tensors, read_json
 from nano_dmd.noise import draw_noise, draw_sigma
+from nano_dmd.presets import resolve
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["nano_dmd.train"])
@@ -78,6 +80,10 @@ def test_two_processes_are_one_with_the_joint_batch(name, tmp_path):
     assert read_json(tmp_path / "two" / "report.json")["processes"] == 2
 
 
+sharded = pytest.mark.skipif(torch.__version__ < "2.7", reason="FSDP2 of torch 2.6 knows no CPU")
+
+
+@sharded
 def test_sharded_weights_train_alike(tmp_path):
     """--shard (FSDP2): each of two processes keeps half of every weight, and the run is that of one process to 1e-6; two or
     one resume what two began, optimiser state included."""
@@ -90,6 +96,7 @@ def test_sharded_weights_train_alike(tmp_path):
         assert_close(train_with(count, out, "--resume"), one, atol=1e-6)
 
 
+@sharded
 def test_sharded_convolutions(tmp_path):
     """The same for a U-Net and two steps.  FSDP2 wants another memory order, which rounds differently, and Adam makes steps
     of gradients that are rounding errors: so the two runs may differ by 10 percent of the way they went."""
@@ -127,6 +134,13 @@ def test_a_batch_that_cannot_be_shared(tmp_path):
     assert launch(2, *RUNS["toy sid"], "--batch", "7", "--out", str(tmp_path / "run"), output=output) == [2, 2]
     assert "--batch 7 cannot be split evenly among 2 processes with --accumulate 1" in output.read_text()
     assert not (tmp_path / "run").exists()
+
+
+def test_torch_too_old_to_shard(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.0+cpu"))
+    with pytest.raises(UserError, match="--shard on a CPU needs torch 2.7 or later, not 2.6.0"):
+        parallel.start(resolve(dict(preset="toy", shard=True)), torch.device("cpu"))
 
 
 ENDS = """
