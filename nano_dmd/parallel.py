@@ -25,11 +25,14 @@ from nano_dmd.checkpoint import UserError
 
 
 class Group(nn.Module):
-    """The networks one optimiser trains.  Its forward runs any function of them: all that DDP needs to see."""
+    """The weights one optimiser trains.  Its forward runs any function of them: all that DDP needs to see.
+
+    Not the networks, whose buffers (constants, alike everywhere) DDP would send around before every step.
+    """
 
     def __init__(self, *nets):
         super().__init__()
-        self.nets = nn.ModuleList(nets)
+        self.weights = nn.ParameterList(p for net in nets for p in net.parameters())
 
     def forward(self, function):
         return function()
@@ -72,7 +75,7 @@ def share(nets, opts, cfg):
         if cfg.shard and not lora[name]:
             shard(group, opts[name])
         else:                                                     # a network may have weights that no loss reaches (classes, say)
-            nets.parallel[name] = DistributedDataParallel(Group(*group), broadcast_buffers=False, find_unused_parameters=True)
+            nets.parallel[name] = DistributedDataParallel(Group(*group), find_unused_parameters=True)
     if cfg.shard and not cfg.lora_generator and nets.ema is not nets.generator:
         shard([nets.ema.net])
     if cfg.shard and not any(lora.values()) and isinstance(nets.real.denoiser, nn.Module):      # not a formula
