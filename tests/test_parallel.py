@@ -165,7 +165,7 @@ def test_torchrun(tmp_path):
     assert done.returncode == 0, done.stderr
     assert read_json(tmp_path / "run" / "report.json")["processes"] == 2
     assert done.stdout.count("seconds") and done.stdout.count("pictures and numbers are in") == 1
-    assert done.stdout.count("exit handlers run.") == 3 and done.stdout.count("the interpreter shuts down.") == 1
+    assert done.stdout.count("exit handlers run.") == done.stdout.count("the interpreter shuts down.") + 2
 
 
 def test_draws_are_rows_of_the_joint_draw(monkeypatch):
