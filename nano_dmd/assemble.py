@@ -1,10 +1,10 @@
 """What a run needs around its steps: device, nets, optimisers, data, pictures of progress, and its saved state."""
 
-import hashlib
 import os
 import platform
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Callable
@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from nano_dmd import pictures
-from nano_dmd.checkpoint import (UserError, cache_dir, first_line, load_checkpoint, load_tensors, load_weights, own_state,
+from nano_dmd.cache import cached, digest
+from nano_dmd.checkpoint import (UserError, first_line, load_checkpoint, load_tensors, load_weights, note, own_state,
                                  save_tensors)
 from nano_dmd.data import load_data, look_up, resident
 from nano_dmd.diagnostics import LEVELS, to_floats
@@ -24,7 +25,9 @@ from nano_dmd.generator import Generator
 from nano_dmd.lora import sharing_copy
 from nano_dmd.noise import PROCESS, Batch, add_noise, expand, rows
 from nano_dmd.parallel import whole
+from nano_dmd.presets import Config, same_run
 from nano_dmd.real_score import RealScore
+from nano_dmd.schema import wrong_tensors
 from nano_dmd.teacher import fast_bf16, heun, load_teacher, make_pairs
 from nano_dmd.tracking import tracker
 from nano_dmd.zoo import RECIPES, compile_net, fit_or_load, weights_digest
@@ -57,6 +60,8 @@ def pick_device(name):
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
             torch.cuda.set_device(device)
+        if device.type == "cpu" and device.index:
+            raise RuntimeError("there is one CPU")
         torch.empty(1, dtype=torch.float64, device=device).cpu()  # heun integrates in float64, which Apple's mps has not
     except (RuntimeError, AssertionError, ImportError, TypeError) as e:               # any of them, by kind of device
         raise UserError(f"no device {name!r} to use on this machine ({first_line(e)}); try --device cpu") from e
@@ -69,7 +74,9 @@ def use_threads(count, device):
     if count:
         torch.set_num_threads(count)
     threads, cores = torch.get_num_threads(), os.cpu_count()
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0                   # Windows has none
+    load = 0.0
+    with suppress(AttributeError, OSError):                       # Windows has none
+        load = os.getloadavg()[0]
     if device.type == "cpu" and threads > 1 and load + threads > cores + 0.5:
         print(f"other programs use {load:.1f} of {cores} cores: --threads 1 may be several times faster than {threads}",
               file=sys.stderr, flush=True)
@@ -123,27 +130,56 @@ def find_prompts(cfg, teacher):
     return read_prompts(teacher.recipe["source"], cfg.prompts)
 
 
+def check_guidance(cfg, teacher):
+    """Guidance and dropped labels need a teacher that can be asked without a class.  raises UserError where it cannot; says so
+    where it can, but was never taught to."""
+    asked = [n for n in ("guidance", "fake_guidance", "critic_dropout") if getattr(cfg, n) != getattr(Config, n)]
+    if not asked or is_latent(teacher):
+        return
+    if not teacher.classes or teacher.recipe["network"] == "diffusers":
+        raise UserError(f"--{asked[0]} {getattr(cfg, asked[0])} needs a teacher that knows classes and can be asked without one: "
+                        f"{cfg.teacher} {'must be told a class' if teacher.classes else 'has no classes'}; leave it out")
+    if not teacher.recipe.get("label_dropout"):
+        note(f"{cfg.teacher} was not trained here to be asked without a class, so what --{asked[0]} compares with may be poor")
+
+
 def cached_pairs(cfg, teacher, device, prompts=None):
     """{"z", "x"[, "cond"]} noise-image pairs of the guided teacher, from the cache if they were made before.
 
     cond is a class, or the number of a prompt, and stays on the CPU, where Draw looks it up.
     """
-    if prompts:
-        source = cfg.teacher, prompts.texts, cfg.guidance
-    else:
-        source = weights_digest(teacher.net) if teacher.denoiser is teacher.net else cfg.teacher
-    key = hashlib.sha256(f"{cfg.pairs} {cfg.pair_steps} {cfg.pair_sigma} {source}".encode()).hexdigest()[:10]
-    path = cache_dir() / f"pairs-{key}.safetensors"
-    if not path.exists():
+    kinds = len(prompts) if prompts else teacher.classes
+    made_of = dict(pairs=cfg.pairs, steps=cfg.pair_steps, sigma_min=teacher.sigmas[0], sigma_max=cfg.pair_sigma, kinds=kinds,
+                   shape=teacher.shape, teacher=cfg.teacher, **teacher_digest(cfg, teacher, prompts))
+
+    def make(path):
         rng = torch.Generator().manual_seed(0)
         z = torch.randn(cfg.pairs, *teacher.shape, generator=rng).to(device)
-        kinds = len(prompts) if prompts else teacher.classes
         cond = torch.randint(kinds, (cfg.pairs,), generator=rng).to(device) if kinds else None
         batch = 10_000 if len(teacher.shape) == 1 else 8 if prompts else 500
         args = dict(steps=cfg.pair_steps, sigma_min=teacher.sigmas[0], sigma_max=cfg.pair_sigma)
         x = make_pairs(guided_by(teacher, cfg, prompts), z, cond, batch, **args)
         save_tensors(path, {"z": z, "x": x} | ({"cond": cond} if kinds else {}))
-    return {k: v if k == "cond" else resident(v, device) for k, v in load_tensors(path).items()}
+
+    path, images = cached("pairs", made_of, make, ".safetensors"), (torch.float32, (cfg.pairs, *teacher.shape))
+    wanted = dict(z=images, x=images) | (dict(cond=(torch.int64, (cfg.pairs,))) if kinds else {})
+    pairs = load_tensors(path, wanted)
+    if kinds and not ((pairs["cond"] >= 0) & (pairs["cond"] < kinds)).all():
+        raise UserError(f"{path} is damaged: a class or prompt is not among {kinds}; delete it to have it made again")
+    return {k: v if k == "cond" else resident(v, device) for k, v in pairs.items()}
+
+
+def teacher_digest(cfg, teacher, prompts):
+    """What the teacher's answers depend on: a pipeline's files, prompts and guidance; else all numbers it computes with."""
+    if prompts:
+        from nano_dmd.stable_diffusion import RANDOM, hub
+
+        source = teacher.recipe["source"]
+        return dict(files=source if source in RANDOM else hub.version(source), texts=digest(prompts.texts), guidance=cfg.guidance)
+    if teacher.denoiser is teacher.net:
+        return dict(weights=weights_digest(teacher.net), sigma_data=teacher.sigma_data)
+    mixture = load_data(cfg.teacher)
+    return dict(mixture=[v.tolist() for v in (mixture.means, mixture.std, mixture.weights)])
 
 
 def guided_by(teacher, cfg, prompts=None):
@@ -195,7 +231,7 @@ def perceptual_distance(cfg, teacher, device):
 def begin_from(folder, nets, device):
     """Load generator and fake score of another run of the same networks (its checkpoint.pt)."""
     path = Path(folder) / "checkpoint.pt"
-    saved = load_checkpoint(path, device).get("nets", {})
+    saved = load_checkpoint(path, device)["nets"]
     for name in ("generator", "fake", "ema"):
         load_weights(getattr(nets, name), saved.get("generator" if name == "ema" else name, {}), path)
 
@@ -306,14 +342,14 @@ class Peek:
     Where weights are sharded no process can look alone: all do the same, and the first `writes`.
     """
 
-    def __init__(self, teacher, cfg, out, device, columns=8, prompts=None, writes=True):
+    def __init__(self, teacher, cfg, out, device, columns=8, prompts=None, writes=True, step=0):
         self.writes = writes
         rng, classes = torch.Generator().manual_seed(0), min(teacher.classes, 16)
         n = 20_000 if len(teacher.shape) == 1 else columns // 2 if prompts else (classes or columns) * columns
         self.z = torch.randn(len(cfg.sigma_list()), n, *teacher.shape, generator=rng).to(device)
         self.cond = torch.arange(classes, device=device).repeat_interleave(columns) if classes else None
         self.columns, self.decode = n if prompts else columns, teacher.decode
-        self.send = tracker(cfg, out) if writes else None
+        self.send = tracker(cfg, out, step) if writes else None
         if prompts:                                               # the first four, one sample each
             index = torch.arange(n, device=device) % len(prompts)
             sample = guided_by(teacher, cfg, prompts)
@@ -373,13 +409,23 @@ def state(cfg, step, seconds, nets, opts, rng):
                 opts=whole({name: opt.state_dict() for name, opt in opts.items()}))
 
 
-def restore(saved, nets, opts, rng, path):
-    """The inverse of state(): (step, seconds, processes); raises UserError naming the first thing that does not fit."""
+def restore(saved, cfg, nets, opts, rng, path):
+    """The inverse of state(): (step, seconds, processes); raises UserError naming the first thing that does not fit.
+
+    Of the optimisers only the moments are taken: their settings follow from cfg, and must be the same.
+    """
     try:
-        for name, tensors in saved["nets"].items():
-            load_weights(getattr(nets, name), tensors, path)
-        for name, tensors in saved["opts"].items():
-            opts[name].load_state_dict(tensors)
+        if difference := same_run(cfg, Config(**saved["config"])):
+            raise ValueError("it is of a run with {} {!r:.40}, not {!r:.40}".format(*(difference[i] for i in (0, 2, 1))))
+        if not 0 < saved["step"] <= cfg.steps or saved["processes"] < 1 or not saved["opts"].keys() == opts.keys():
+            raise ValueError(f"step {saved['step']} of {cfg.steps}, optimisers {sorted(saved['opts'])}")
+        for name in ("fake", "discriminator", "generator", "ema"):
+            load_weights(getattr(nets, name), saved["nets"][name], path)
+        for name, opt in opts.items():
+            groups = opt.state_dict()["param_groups"]
+            if problem := wrong_moments(saved["opts"][name], groups, opt, cfg):
+                raise ValueError(f"the optimiser of the {name}: {problem}")
+            opt.load_state_dict({"state": saved["opts"][name]["state"], "param_groups": groups})
         cpu, cuda, data = saved["rng"]
         rng.set_state(data.cpu())
         torch.set_rng_state(cpu.cpu())
@@ -390,14 +436,34 @@ def restore(saved, nets, opts, rng, path):
         raise UserError(f"checkpoint {path} is not one of this version ({type(e).__name__}: {first_line(e)})") from e
 
 
+def wrong_moments(saved, groups, opt, cfg):
+    """What is wrong with an optimiser's saved state_dict, "" if nothing is.  groups: its own settings, which follow from cfg;
+    another version of torch may have one more or less."""
+    settings, weights = saved["param_groups"][0] if saved["param_groups"] else {}, opt.param_groups[0]["params"]
+    for name in groups[0].keys() - {"lr"}:
+        missing = name in ("params", "betas", "eps", "weight_decay") and name not in settings
+        if missing or settings.get(name, groups[0][name]) != groups[0][name]:
+            return f"{name} is {settings.get(name)!r:.40}, not {groups[0][name]!r:.40}"
+    for index, found in saved["state"].items():
+        if index not in groups[0]["params"] or not isinstance(found, dict):
+            return f"there is no weight {index!r:.40}"
+        if not cfg.adam8bit:                                      # bitsandbytes has formats of its own
+            moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), (torch.float32, tuple(weights[index].shape)))
+            if problem := wrong_tensors(found, {"step": (torch.float32, ())} | moments):
+                return problem
+    return ""
+
+
 def machine(device):
     """What a measurement was made on, and the peak memory of this process there: allocated on a GPU, else resident."""
     if device.type == "cuda":
         peak, name = torch.cuda.max_memory_allocated(device) / 2**20, torch.cuda.get_device_name(device)
     else:
-        import resource                                           # Unix only
+        peak, name = None, platform.processor() or platform.machine()
+        with suppress(ImportError):                               # Windows has no such module
+            import resource
 
-        unit = 2**20 if sys.platform == "darwin" else 2**10       # bytes there, KiB elsewhere
-        peak, name = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, platform.processor() or platform.machine()
-    return dict(peak_memory_mib=round(peak), device=name, threads=torch.get_num_threads(), torch=torch.__version__,
+            unit = 2**20 if sys.platform == "darwin" else 2**10   # bytes there, KiB elsewhere
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return dict(peak_memory_mib=peak and round(peak), device=name, threads=torch.get_num_threads(), torch=torch.__version__,
                 python=platform.python_version())

@@ -1,18 +1,24 @@
 """Files that survive: atomic writes, safe reads, one-sentence errors.  Infrastructure, not on the reading path."""
 
+import errno
+import functools
 import io
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as dump_safetensors
+
+from nano_dmd.schema import mismatch, wrong_tensors
 
 
 class UserError(Exception):
@@ -25,6 +31,8 @@ def command(main):
         main()
     except UserError as e:
         sys.exit(_complain(str(e)))
+    except OSError as e:                                          # the outside world, wherever it came in
+        sys.exit(_complain(f"{e.filename or 'the system'}: {e.strerror or e}"))
     except Exception as e:
         if out_of_memory(e):
             sys.exit(_complain(f"out of memory ({first_line(e)}); try a smaller --batch or, with the same result, a "
@@ -53,6 +61,12 @@ def first_line(error, length=120):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:length]
 
 
+@functools.lru_cache(maxsize=None)
+def note(sentence):
+    """Tell the user once, on stderr, what goes on but may not be meant."""
+    print(f"note: {sentence}", file=sys.stderr, flush=True)
+
+
 def cache_dir():
     """Where trained teachers and noise-image pairs are kept: $NANO_DMD_CACHE, else ~/.cache/nano_dmd."""
     return Path(os.environ.get("NANO_DMD_CACHE") or Path.home() / ".cache" / "nano_dmd")
@@ -62,6 +76,8 @@ def write_atomic(path, data: bytes):
     """Replace path by data, or leave it untouched: temporary file, fsync, rename, fsync of the folder."""
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():                  # /dev/null would become a file
+            raise OSError(errno.EINVAL, "it exists and is not a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         try:
@@ -69,18 +85,25 @@ def write_atomic(path, data: bytes):
                 f.write(data)
                 f.flush()
                 os.fsync(f.fileno())
-            os.chmod(tmp, 0o666 & ~_umask())
+            with suppress(OSError):                               # file systems without Unix permissions refuse
+                os.chmod(tmp, 0o666 & ~_umask())
             os.replace(tmp, path)
         except BaseException:
             Path(tmp).unlink(missing_ok=True)
             raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
     except OSError as e:
         raise unwritable(path, e) from e
+    sync_folder(path.parent)
+
+
+def sync_folder(folder):
+    """Have the names in a folder on the disk too.  Windows, FUSE and many network drives cannot: the files are there anyway."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def unwritable(path, error):
@@ -88,11 +111,20 @@ def unwritable(path, error):
                      "(--out, or $NANO_DMD_CACHE for the cache)")
 
 
+def plain(obj):
+    """obj for json, which has no words for NaN and infinity: they become None."""
+    if isinstance(obj, dict):
+        return {k: plain(v) for k, v in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [plain(v) for v in obj]
+    return None if isinstance(obj, float) and not math.isfinite(obj) else obj
+
+
 def append_line(path, obj):
     """One more line of a .jsonl file."""
     try:
-        with open(path, "a") as f:
-            f.write(json.dumps(obj) + "\n")
+        with open(path, "a", encoding="utf-8", newline="\n") as f:
+            f.write(json.dumps(plain(obj), allow_nan=False) + "\n")
     except OSError as e:
         raise unwritable(path, e) from e
 
@@ -117,14 +149,52 @@ def _umask():
 
 
 def write_json(path, obj):
-    write_atomic(path, (json.dumps(obj, indent=2) + "\n").encode())
+    write_atomic(path, (json.dumps(plain(obj), indent=2, allow_nan=False) + "\n").encode())
 
 
-def read_json(path):
+def read_bytes(path):
+    """The content of a file.  raises UserError; also for a device or a pipe, which might never end."""
+    path = Path(path)
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise UserError(f"cannot read {path}: {e}; is this a run folder?") from e
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is not a file")
+        return path.read_bytes()
+    except (OSError, ValueError) as e:                            # ValueError: a name that holds a zero byte
+        raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
+
+
+def parse_json(data, what):
+    """The value in some JSON, bytes or text.  raises UserError naming what it is, for any damage."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as e:                     # not JSON, not UTF-8, numbers or nesting without end
+        raise UserError(f"cannot read {what}: {first_line(e)}") from e
+
+
+def read_json(path, kind=None):
+    """The value in a JSON file, of a kind if one is given (schema.py).  raises UserError."""
+    if not Path(path).exists():
+        raise UserError(f"cannot read {path}: it is not there; is this a run folder?")
+    value = parse_json(read_bytes(path), path)
+    if problem := mismatch(value, kind) if kind is not None else "":
+        raise UserError(f"cannot use {path}, it is damaged or of another version: {problem}")
+    return value
+
+
+def read_lines(path):
+    """[(number, line without white space around it)] of a UTF-8 text file, blank lines left out.
+
+    A line ends where an editor ends it: U+2028, which may stand in a caption, is no line break.
+    """
+    data = read_bytes(path).removeprefix(b"\xef\xbb\xbf")          # the mark that Windows' Notepad puts first
+    try:
+        lines = re.split("\r\n|\n|\r", data.decode("utf-8"))
+    except UnicodeDecodeError as e:
+        number = data.count(b"\n", 0, e.start) + 1
+        raise UserError(f"{path}, line {number}, is not UTF-8 text: save the file as UTF-8") from e
+    if "\0" in data.decode("utf-8"):
+        raise UserError(f"{path} holds zeros and is no UTF-8 text: save the file as UTF-8")
+    return [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
 
 
 def save_tensors(path, tensors, **metadata):
@@ -133,14 +203,20 @@ def save_tensors(path, tensors, **metadata):
     write_atomic(path, dump_safetensors(tensors, {"nano_dmd": json.dumps(metadata)} if metadata else None))
 
 
-def load_tensors(path):
-    """Read a safetensors file; never executes anything in it."""
+def load_tensors(path, wanted=None):
+    """Read a safetensors file; never executes anything in it.
+
+    wanted  {name: (dtype, shape)}, see schema.wrong_tensors.  raises UserError where the file is not like that
+    """
+    if not Path(path).exists():
+        raise UserError(f"no {path}; is this the folder of a finished run?")
     try:
-        return load_safetensors(Path(path).read_bytes())
-    except FileNotFoundError as e:
-        raise UserError(f"no {path}; is this the folder of a finished run?") from e
-    except (OSError, SafetensorError, KeyError) as e:             # KeyError: a number format torch does not have
+        tensors = load_safetensors(read_bytes(path))
+    except (SafetensorError, KeyError, OverflowError) as e:       # KeyError: a number format torch does not have
         raise UserError(f"cannot read {path}: {first_line(e)}; delete it to have it made again") from e
+    if problem := wrong_tensors(tensors, wanted) if wanted else "":
+        raise UserError(f"{path} is damaged: {problem}; delete it to have it made again")
+    return tensors
 
 
 def own_state(module):
@@ -152,12 +228,9 @@ def own_state(module):
 def load_weights(module, tensors, path):
     """Strict load_state_dict, of own_state, whose complaint names the file and the first difference."""
     own = own_state(module)
-    for name in sorted(own.keys() | tensors.keys()):
-        have, want = tensors.get(name), own.get(name)
-        if have is None or want is None or have.shape != want.shape:
-            shapes = [None if t is None else tuple(t.shape) for t in (have, want)]
-            raise UserError(f"{path} does not fit this network: {name} is {shapes[0]} in the file and {shapes[1]} here")
-    module.load_state_dict(tensors, strict=False)                 # the loop above was strict
+    if problem := wrong_tensors(tensors, {name: (t.dtype, tuple(t.shape)) for name, t in own.items()}):
+        raise UserError(f"{path} does not fit this network: {problem}")
+    module.load_state_dict(tensors, strict=False)                 # the check above was strict
 
 
 def save_checkpoint(path, state):
@@ -167,15 +240,25 @@ def save_checkpoint(path, state):
     write_atomic(path, buffer.getvalue())
 
 
+NETS = {str: {str: torch.Tensor}}
+CHECKPOINT = dict(config=dict, step=int, seconds=[float, float], processes=int, nets=NETS,
+                  opts={str: {"state": dict, "param_groups": [dict]}}, rng=[torch.Tensor, [torch.Tensor], torch.Tensor])
+
+
 def load_checkpoint(path, device="cpu"):
     """torch.load(weights_only=True): a hostile file cannot run code; a broken one, if by one bit, gets one sentence."""
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}; start without --resume, or check --out")
     try:
         with zipfile.ZipFile(path) as f:
+            if sum(part.file_size for part in f.infolist()) > os.path.getsize(path):  # torch never compresses
+                raise ValueError("it would grow while it is unpacked")
             if bad := f.testzip():                                # torch.load does not compare checksums
                 raise ValueError(f"wrong checksum of {bad}")
-        return torch.load(path, map_location=device, weights_only=True)
+        saved = torch.load(path, map_location=device, weights_only=True)
+        if problem := mismatch(saved, CHECKPOINT):
+            raise ValueError(problem)
+        return saved
     except Exception as e:                                        # zip, pickle and EOF errors share no base class
         raise UserError(f"checkpoint {path} is corrupt or not ours ({first_line(e)}); delete it or restore a copy") from e
 
@@ -183,10 +266,11 @@ def load_checkpoint(path, device="cpu"):
 def trim_log(path, step):
     """Keep the lines up to a checkpoint's step: what a killed run logged after it will be logged again."""
     def step_of(line):
-        try:
-            return json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):                 # a line that a kill or a full disk cut short
-            return math.inf
+        with suppress(ValueError, RecursionError):                # a line that a kill or a full disk cut short
+            record = json.loads(line)
+            if not mismatch(record, {"step": int}):
+                return record["step"]
+        return math.inf
 
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    lines = read_bytes(path).splitlines() if path.exists() else []
     write_atomic(path, b"".join(line + b"\n" for line in lines if step_of(line) <= step))

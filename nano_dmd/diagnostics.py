@@ -6,6 +6,7 @@
     x_std, spread  overall std of the samples, and std across the batch (collapse shows in spread)
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -50,16 +51,17 @@ def diagnose(terms, nets, batch, cfg):
             x = nets.generator(batch.z, batch.cond, batch.step, batch.start)
             mesm, fake_loss = gaps(x, nets, batch.cond)
         norms = gradient_norms(x, terms, nets, batch, cfg)
-    return to_floats(dict(x_mean=x.mean(), x_std=x.std(), spread=x.std(0).mean(), mesm=mesm, fake_loss=fake_loss, grad=norms))
+    spread = x.std(0).mean() if len(x) > 1 else None              # one sample has none
+    return to_floats(dict(x_mean=x.mean(), x_std=x.std(), spread=spread, mesm=mesm, fake_loss=fake_loss, grad=norms))
 
 
 def to_floats(obj):
-    """Tensors to floats with five digits, through dicts and lists; None stays None."""
+    """Tensors to floats with five digits, through dicts and lists; None stays None, and what is not finite becomes it."""
     if isinstance(obj, dict):
         return {k: to_floats(v) for k, v in obj.items()}
     if isinstance(obj, list):
         return [to_floats(v) for v in obj]
-    return None if obj is None else float(f"{float(obj):.5g}")
+    return None if obj is None or not math.isfinite(obj) else float(f"{float(obj):.5g}")
 
 
 def by_level(seen):

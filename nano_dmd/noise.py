@@ -76,8 +76,8 @@ def parse_sigma(spec):
                          f"got {spec!r}") from None
     if name == "sd" and not (0 <= a <= b <= 999 and a == int(a) and b == int(b)):
         raise ValueError(f"noise distribution {spec!r} needs whole timesteps, 0 <= first <= last <= 999")
-    if not (0 <= b < float("inf")) or (name != "sd" and b == 0) or (name == "karras" and not 0 < a < b):
-        raise ValueError(f"noise distribution {spec!r} needs std > 0, or 0 < low < high")
+    if name == "lognormal" and not (-20 <= a <= 20 and 0 < b <= 20) or name == "karras" and not 1e-6 <= a < b <= 1e6:
+        raise ValueError(f"noise distribution {spec!r} needs -20 <= mean <= 20 and 0 < std <= 20, or 1e-6 <= low < high <= 1e6")
     return name, a, b
 
 

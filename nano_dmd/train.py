@@ -13,9 +13,9 @@ from torch import nn
 from tqdm import tqdm
 
 from nano_dmd import evaluate
-from nano_dmd.assemble import (Clock, Draw, Peek, build, cached_pairs, find_data, find_prompts, find_teacher, is_latent,
-                               machine, pick_device, restore, state, use_threads)
-from nano_dmd.checkpoint import (UserError, append_line, check_writable, command, load_checkpoint, own_state, read_json,
+from nano_dmd.assemble import (Clock, Draw, Peek, build, cached_pairs, check_guidance, find_data, find_prompts, find_teacher,
+                               is_latent, machine, pick_device, restore, state, use_threads)
+from nano_dmd.checkpoint import (UserError, append_line, check_writable, command, load_checkpoint, note, own_state, read_json,
                                  remove_leftovers, save_checkpoint, save_tensors, trim_log, write_json)
 from nano_dmd.data import load_data
 from nano_dmd.diagnostics import by_level, diagnose, to_floats
@@ -170,11 +170,13 @@ def check_finite(history, nets):
 
 def report_progress(record, reference, bar):
     """The numbers that matter on the bar; a visible warning when samples explode or collapse."""
-    bar.set_postfix(mesm=f"{sum(record['mesm']):.3f}", fake=f"{sum(record['fake_loss']):.3f}", spread=f"{record['spread']:.3f}")
-    if record["x_std"] > 3 * reference["x_std"]:
-        bar.write(f"WARNING: samples explode: std {record['x_std']:.3g}, the teacher's is {reference['x_std']:.3g}")
-    if record["spread"] < 0.3 * reference["spread"]:
-        bar.write(f"WARNING: samples collapse: spread {record['spread']:.3g}, the teacher's is {reference['spread']:.3g}")
+    std, spread = record["x_std"], record["spread"]
+    shown = dict(mesm=record["mesm"], fake=record["fake_loss"], spread=[spread])
+    bar.set_postfix({name: "-" if None in v else f"{sum(v):.3f}" for name, v in shown.items()})
+    if std is not None and std > 3 * reference["x_std"]:
+        bar.write(f"WARNING: samples explode: std {std:.3g}, the teacher's is {reference['x_std']:.3g}")
+    if spread is not None and spread < 0.3 * reference["spread"]:
+        bar.write(f"WARNING: samples collapse: spread {spread:.3g}, the teacher's is {reference['spread']:.3g}")
 
 
 def prepare(cfg, device):
@@ -186,6 +188,7 @@ def prepare(cfg, device):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
     data = load_data(cfg.data, device, cfg.flip) if cfg.data and not cfg.prompts else None      # a typo shows early
     teacher = first_then_others(lambda: find_teacher(cfg, device))
+    check_guidance(cfg, teacher)
     prompts = first_then_others(lambda: find_prompts(cfg, teacher))
     data = first_then_others(lambda: find_data(cfg, teacher, device, needs_data(cfg), data))
     regress = cfg.w_reg and "w_reg" in weights
@@ -211,14 +214,14 @@ def run(cfg, resume=False):
     saved = load_checkpoint(out / "checkpoint.pt", device) if resume else None
     teacher, nets, opts, draw = prepare(cfg, device)
     fresh = (0, (0.0, 0.0), processes)
-    step, seconds, before = restore(saved, nets, opts, draw.rng, out / "checkpoint.pt") if resume else fresh
+    step, seconds, before = restore(saved, cfg, nets, opts, draw.rng, out / "checkpoint.pt") if resume else fresh
     if not rank:
         open_folder(cfg, teacher, device, step, before, processes)
     share(nets, opts, cfg)
     if rank and not cfg.shard:
         train(cfg, nets, opts, draw, None, out, step, seconds)
         return leave()
-    peek = Peek(teacher, cfg, out, device, prompts=draw.prompts, writes=not rank)
+    peek = Peek(teacher, cfg, out, device, prompts=draw.prompts, writes=not rank, step=step)
     cpu, wall = train(cfg, nets, opts, draw, peek, out, step, seconds)
     weights = whole(own_state(nets.ema))
     if not cfg.shard:
@@ -247,6 +250,8 @@ def open_folder(cfg, teacher, device, step, before, processes):
     if before != processes:
         print(f"resumed by {processes} processes instead of {before}: the same batches and noise, but sums in another order, "
               "so the result agrees up to rounding and not to the bit")
+    if cfg.batch == cfg.accumulate * processes:
+        note("a batch worked off one sample at a time has no spread: the log cannot tell whether samples collapse")
     remove_leftovers(out)
     write_json(out / "config.json", asdict(cfg))
     save_teacher(out, teacher.net, teacher.recipe)

@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ from nano_dmd.presets import resolve
 from nano_dmd.teacher import load_teacher
 from nano_dmd.train import prepare
 
-STATE = dict(step=3, seconds=[1.0, 2.0], nets={"fake": {"w": torch.arange(150.0).view(50, 3)}},
-             rng=[torch.get_rng_state()])
+STATE = dict(step=3, seconds=[1.0, 2.0], nets={"fake": {"w": torch.arange(150.0).view(50, 3)}}, config={}, processes=1, opts={},
+             rng=[torch.get_rng_state(), [], torch.get_rng_state()])
 
 
 def sentence(function, *args):
@@ -48,7 +49,7 @@ def test_write_atomic_replaces_and_makes_folders(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o666 & ~checkpoint._umask()            # readable like any other new file
 
 
-@pytest.mark.parametrize("call", ["fsync", "chmod", "replace"])
+@pytest.mark.parametrize("call", ["fsync", "fdopen", "replace"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_write_atomic_keeps_the_old_file(tmp_path, monkeypatch, call, error):
     """Whatever goes wrong before the rename, the old content stays and no temporary file does."""
@@ -167,27 +168,94 @@ def test_hostile_checkpoint_runs_nothing(tmp_path, dump):
     assert not victim.exists()
 
 
-FITTING = dict(step=1, seconds=[0.0, 0.0], nets={}, opts={},
-               rng=[torch.get_rng_state(), [], torch.Generator().get_state()])
+def parts():
+    """(Config, Nets, optimisers) of a run after one step: a Linear for each network."""
+    cfg = resolve(dict(preset="toy", steps=5))
+    made = [torch.nn.Linear(2, 2, bias=False) for _ in range(4)]
+    nets = assemble.Nets(None, *made, 0.5)
+    opts = {name: torch.optim.AdamW(net.parameters(), fused=True) for name, net in (("generator", made[2]), ("critic", made[0]))}
+    for opt in opts.values():
+        opt.param_groups[0]["params"][0].grad = torch.ones(2, 2)
+        opt.step()
+    return cfg, nets, opts
 
 
-@pytest.mark.parametrize("wrong", [
-    {}, [], 3, {**FITTING, "nets": None}, {**FITTING, "nets": {"fake": 3}}, {**FITTING, "rng": [1]},
-    {**FITTING, "rng": [torch.zeros(3)] * 3}, {**FITTING, "opts": {"nobody": {}}}, {"step": 1, "nets": {}},
-    {**FITTING, "nets": {"fake": {"weight": torch.zeros(7)}}}, {**FITTING, "nets": {"fake": {"weight": "x"}}},
-], ids=range(11))
-def test_restore_of_something_else(tmp_path, wrong):
+def restored(path, change=lambda saved: None):
+    """What restore says of a checkpoint, once changed, that fits otherwise; all through its file."""
+    cfg, nets, opts = parts()
+    saved = assemble.state(cfg, 3, [1.0, 2.0], nets, opts, torch.Generator())
+    change(saved)
+    save_checkpoint(path, saved)
+    cfg, nets, opts = parts()
+    return assemble.restore(load_checkpoint(path), cfg, nets, opts, torch.Generator(), path), nets, opts, saved
+
+
+def test_restore_is_the_inverse_of_state(tmp_path):
+    """Weights and moments to the bit; a setting that only another version of torch knows does not matter."""
+    with torch.random.fork_rng():
+        found, nets, opts, saved = restored(tmp_path / "ck.pt", lambda s: s["opts"]["critic"]["param_groups"][0].update(new=1))
+    assert found == (3, [1.0, 2.0], 1)
+    assert torch.equal(nets.ema.weight, saved["nets"]["ema"]["weight"])
+    for name, opt in opts.items():
+        moments, = opt.state.values()
+        assert all(torch.equal(v, saved["opts"][name]["state"][0][k]) for k, v in moments.items())
+
+
+def settings_of(saved):
+    return saved["opts"]["critic"]["param_groups"][0]
+
+
+def moments_of(saved):
+    return saved["opts"]["critic"]["state"][0]
+
+
+WRONG = {
+    "nothing": lambda s: s.clear(), "step is text": lambda s: s.update(step="3"), "step 2.5": lambda s: s.update(step=2.5),
+    "step -5": lambda s: s.update(step=-5), "step beyond the run": lambda s: s.update(step=10**9),
+    "step is a tensor": lambda s: s.update(step=torch.tensor(3)), "seconds text": lambda s: s.update(seconds="ab"),
+    "seconds nan": lambda s: s.update(seconds=[torch.nan, 1.0]), "seconds 3": lambda s: s.update(seconds=[1.0, 2.0, 3.0]),
+    "processes": lambda s: s.update(processes="two"), "no networks": lambda s: s.update(nets={}),
+    "no ema": lambda s: s["nets"].pop("ema"), "network is a number": lambda s: s["nets"].update(fake=3),
+    "weight is text": lambda s: s["nets"].update(fake={"weight": "x"}),
+    "weight of another shape": lambda s: s["nets"].update(fake={"weight": torch.zeros(7, 2)}),
+    "weight of whole numbers": lambda s: s["nets"].update(fake={"weight": torch.zeros(2, 2, dtype=torch.int8)}),
+    "complex weight": lambda s: s["nets"].update(fake={"weight": torch.zeros(2, 2, dtype=torch.complex64)}),
+    "weight nan": lambda s: s["nets"]["generator"]["weight"].fill_(torch.nan),
+    "no optimisers": lambda s: s.update(opts={}), "another optimiser": lambda s: s["opts"].update(nobody={"state": {}}),
+    "moment of another shape": lambda s: moments_of(s).update(exp_avg=torch.zeros(3)),
+    "moment is text": lambda s: moments_of(s).update(exp_avg="x"), "no moment": lambda s: moments_of(s).pop("exp_avg_sq"),
+    "moment of whole numbers": lambda s: moments_of(s).update(exp_avg=torch.zeros(2, 2, dtype=torch.int64)),
+    "moments of another weight": lambda s: s["opts"]["critic"]["state"].update({7: {}}),
+    "betas are text": lambda s: settings_of(s).update(betas="x"), "no eps": lambda s: settings_of(s).pop("eps"),
+    "uphill": lambda s: settings_of(s).update(maximize=True), "other weights": lambda s: settings_of(s).update(params=[0, 1]),
+    "no settings": lambda s: s["opts"]["critic"].update(param_groups=[]),
+    "random state": lambda s: s.update(rng=[torch.zeros(3)] * 3), "random state is a list": lambda s: s.update(rng=[1]),
+    "another seed": lambda s: s["config"].update(seed=9), "no config": lambda s: s.update(config={}),
+    "config of another version": lambda s: s["config"].update(nope=1),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_restore_of_something_else(tmp_path, case):
     """A checkpoint that loads but holds something else, such as another network, is refused by name."""
-    nets = assemble.Nets(None, torch.nn.Linear(2, 2, bias=False), None, None, None, 0.5)
-    rng, before = torch.Generator(), torch.get_rng_state()
-    assert "ck.pt" in sentence(assemble.restore, wrong, nets, {"generator": None}, rng, "ck.pt")
+    before = torch.get_rng_state()
+    assert "ck.pt" in sentence(restored, tmp_path / "ck.pt", WRONG[case])
     torch.set_rng_state(before)
 
 
-def test_restore_names_the_difference():
-    nets = assemble.Nets(None, torch.nn.Linear(2, 2, bias=False), None, None, None, 0.5)
-    wrong = {**FITTING, "nets": {"fake": {"weight": torch.zeros(7, 2)}}}
-    assert "weight is (7, 2) in the file and (2, 2) here" in sentence(assemble.restore, wrong, nets, {}, None, "ck.pt")
+def test_restore_names_the_difference(tmp_path):
+    for case, words in {"weight of another shape": "weight is (7, 2) in the file and (2, 2) here", "no ema": "KeyError: 'ema'",
+                        "another seed": "seed 9, not 0",
+                        "no moment": "the optimiser of the critic: exp_avg_sq is missing"}.items():
+        assert words in sentence(restored, tmp_path / "ck.pt", WRONG[case])
+
+
+def test_a_checkpoint_that_grows_is_not_unpacked(tmp_path):
+    """300 MB of zeros in a file of 300 KB; torch never compresses, so this is no checkpoint, and no memory is taken for it."""
+    with zipfile.ZipFile(tmp_path / "ck.pt", "w", zipfile.ZIP_DEFLATED) as f, f.open("archive/data/0", "w") as part:
+        for _ in range(300):
+            part.write(bytes(2**20))
+    assert "it would grow" in sentence(load_checkpoint, tmp_path / "ck.pt")
 
 
 # ---- safetensors and json
@@ -218,10 +286,17 @@ def test_broken_tensors(tmp_path):
 
 def test_weights_must_fit(tmp_path):
     net = torch.nn.Linear(2, 2, bias=False)
-    assert "weight is None in the file" in sentence(load_weights, net, {}, "f")
-    assert "bias is (2,) in the file and None here" in sentence(
-        load_weights, net, {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)}, "f")
+    good = torch.ones(2, 2)
+    assert "f does not fit this network: weight is missing" in sentence(load_weights, net, {}, "f")
+    assert "bias is not expected" in sentence(load_weights, net, {"weight": good, "bias": torch.zeros(2)}, "f")
     assert "(2, 3) in the file and (2, 2) here" in sentence(load_weights, net, {"weight": torch.zeros(2, 3)}, "f")
+    for value in (torch.nan, torch.inf, -torch.inf, 1e38):
+        assert "weight holds a number that is not finite" in sentence(load_weights, net, {"weight": good * value}, "f")
+    for dtype in (torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn):
+        assert f"weight holds {dtype} numbers, not torch.float32" in sentence(load_weights, net, {"weight": good.to(dtype)}, "f")
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        load_weights(net, {"weight": good.to(dtype)}, "f")
+        assert torch.equal(net.weight, good) and net.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"a": 1'])
