@@ -4,7 +4,6 @@ A teacher at rest is a folder with teacher.json, which says how to build the net
 """
 
 import hashlib
-import json
 import re
 import time
 from contextlib import nullcontext
@@ -12,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from nano_dmd.checkpoint import UserError, cache_dir, load_tensors, load_weights, read_json, save_tensors, write_json
-from nano_dmd.data import load_data
+from nano_dmd.cache import cached
+from nano_dmd.checkpoint import UserError, load_tensors, load_weights, read_bytes, read_json, save_tensors, write_json
+from nano_dmd.data import MOST_CLASSES, identity, load_data
 from nano_dmd.networks import MLP, UNet
 from nano_dmd.noise import forked
 from nano_dmd.teacher import EDM, Teacher, fast_bf16, train_teacher
@@ -22,7 +22,7 @@ SMALL_EDM = dict(model_type="SongUNet", img_resolution=32, img_channels=3, label
                  channel_mult=[2, 2, 2], num_blocks=2, attn_resolutions=[16], dropout=0.0)
 
 # How a teacher is trained when nobody has one: steps x batch images, Adam lr, ema half-life in steps.
-# data "" = what --data says, CIFAR-10 without it.
+# data "" = what --data says, CIFAR-10 without it; the network gets the channels and classes of the data.
 # fmt: off
 RECIPES = {
     "toy":             dict(network="mlp", args=dict(octaves=5), data="", sigma_data=0.5, bf16=True,
@@ -69,24 +69,44 @@ def compiled(on, *, asked):
     return torch.compiler.set_stance("default" if on else "force_eager") if asked else nullcontext()
 
 
+def fitted(recipe, data):
+    """The recipe with a network for images of this data's size, channels and classes.  raises UserError if there is none."""
+    if recipe["network"] == "mlp":
+        return recipe
+    channels, side, _ = data.shape
+    levels = {"unet": 1, "edm": len(SMALL_EDM["channel_mult"]) - 1}[recipe["network"]]
+    if side % 2**levels:
+        raise UserError(f"the images of {data.name} have {side} pixels a side: this teacher needs a multiple of {2**levels}")
+    sizes = {"unet": dict(channels=channels, classes=data.classes),
+             "edm": dict(img_resolution=side, img_channels=channels, label_dim=data.classes)}
+    return dict(recipe, args=recipe["args"] | sizes[recipe["network"]])
+
+
 def fit_or_load(name, data_name, recipe, device, seed=0, show=True, compile=False):
-    """(network, recipe) trained on a data set, from the cache if the same recipe was trained before."""
-    recipe = dict(recipe, data=data_name, seed=seed)
-    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:10]
-    folder = cache_dir() / f"teacher-{re.sub('[^a-z0-9]+', '-', name)}-{key}"
-    if not (folder / "teacher.safetensors").exists():
+    """(network, recipe) trained on a data set, from the cache if the same recipe was trained on the same data before."""
+    where = identity(data_name)
+    recipe = dict(recipe, data=data_name if isinstance(where, str) else where[0], seed=seed)
+
+    def make(folder):
         start = time.process_time(), time.perf_counter()
         data = load_data(data_name, device)
         with forked(device), compiled(True, asked=compile):
             torch.manual_seed(seed)
-            net, rng = build(recipe, device).to(device), torch.Generator().manual_seed(seed)
+            found = fitted(recipe, data)
+            net, rng = build(found, device).to(device), torch.Generator().manual_seed(seed)
             if compile:
                 compile_net(net.net)
-            net = train_teacher(net, lambda n: data.sample(n, rng), recipe, show)
-        save_teacher(folder, net, dict(recipe, shape=list(data.shape), classes=data.classes,
+            net = train_teacher(net, lambda n: data.sample(n, rng), found, show)
+        save_teacher(folder, net, dict(found, shape=list(data.shape), classes=data.classes,
                                        cpu_seconds=round(time.process_time() - start[0], 1),
                                        seconds=round(time.perf_counter() - start[1], 1)))
-    return read_teacher(folder, device)
+
+    return read_teacher(kept(re.sub("[^a-z0-9]+", "-", name), dict(recipe, files=where), make), device)
+
+
+def kept(name, made_of, make):
+    """The cached folder of a teacher; make(folder) writes it."""
+    return cached(f"teacher-{name}", made_of, make, parts=("teacher.json", "teacher.safetensors"))
 
 
 def save_teacher(folder, net, recipe):
@@ -99,24 +119,52 @@ def save_teacher(folder, net, recipe):
         save_tensors(Path(folder) / "teacher.safetensors", net.state_dict())
 
 
+TEACHER = dict(network=str, args=dict, sigma_data=float, bf16=bool, shape=[int], classes=int, data=str, seconds=float,
+               cpu_seconds=float)
+SMALL = dict(dim=(1, 4096), width=(1, 8192), depth=(1, 64), octaves=(1, 16), channels=(1, 64), classes=(0, MOST_CLASSES),
+             emb=(1, 8192))                                       # arguments of networks.py
+
+
 def read_teacher(folder, device):
     """The inverse of save_teacher: (network, recipe).  raises UserError for a folder that is not one or is broken."""
-    recipe, path = read_json(Path(folder) / "teacher.json"), Path(folder) / "teacher.safetensors"
+    recipe, path = read_json(Path(folder) / "teacher.json", TEACHER), Path(folder) / "teacher.safetensors"
     try:
-        numbers = {k: float(recipe[k]) for k in ("sigma_data", "seconds", "cpu_seconds")}
-        recipe = dict(recipe, data=str(recipe["data"]), shape=[int(n) for n in recipe["shape"]],
-                      classes=int(recipe["classes"]), **numbers)
+        if problem := nonsense(recipe):
+            raise ValueError(problem)
         net = build(recipe, device).to(device)
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError, NotImplementedError) as e:
         raise UserError(f"{folder}/teacher.json does not describe a teacher ({type(e).__name__}: {e})") from e
     load_weights(net, load_tensors(path), path)
     return net.requires_grad_(False).eval(), recipe
 
 
+def nonsense(recipe):
+    """What in a recipe cannot be meant, "" if all can: before memory is taken for it."""
+    args, shape, classes = recipe["args"], recipe["shape"], recipe["classes"]
+    if not 1e-6 <= recipe["sigma_data"] <= 1e6 or not 0 <= classes <= MOST_CLASSES:
+        return f"sigma_data {recipe['sigma_data']}, {classes} classes"
+    if recipe["network"] in ("mlp", "unet"):
+        for name, value in args.items():
+            if type(value) is not int or not SMALL[name][0] <= value <= SMALL[name][1]:
+                return f"{name} is {value!r:.40}"
+    square = len(shape) == 3 and 1 <= shape[1] == shape[2] <= 4096
+    fits = {"mlp": lambda: shape == [args.get("dim", 2)],
+            "unet": lambda: square and shape[1] % 2 == 0 and shape[0] == args.get("channels", 1),
+            "edm": lambda: shape == [args["img_channels"]] + 2 * [args["img_resolution"]],
+            "diffusers": lambda: square and shape[0] == args["unet"]["in_channels"]}
+    known = {"mlp": lambda: 0, "unet": lambda: args.get("classes", 10), "edm": lambda: args.get("label_dim", 0),
+             "diffusers": lambda: args["unet"].get("num_class_embeds") or 0}
+    right = fits[recipe["network"]]() and classes == known[recipe["network"]]()
+    return "" if right else f"shape {shape}, {classes} classes do not fit the network's arguments"
+
+
 def weights_digest(net):
-    """Ten hex digits that name these weights, for cache keys."""
-    data = b"".join(p.detach().cpu().numpy().tobytes() for p in net.parameters())
-    return hashlib.sha256(data).hexdigest()[:10]
+    """Ten hex digits that name what a network computes, for cache keys: its weights, tables and constants."""
+    found = hashlib.sha256(repr((type(net).__name__, getattr(net, "sigma_data", None), getattr(net, "bf16", None))).encode())
+    for name, t in net.state_dict().items():
+        found.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
+        found.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:10]
 
 
 def find(name, device, steps, seed, data, show, compile):
@@ -139,13 +187,14 @@ def find(name, device, steps, seed, data, show, compile):
 def stable_diffusion_of(name):
     """The Stable Diffusion pipeline that a name, a folder or a run's folder stands for, "" if it stands for none."""
     if (Path(name) / "teacher.json").is_file():
-        return read_json(Path(name) / "teacher.json").get("source", "")
-    if name in RECIPES or name.startswith(("edm:", "toy:")) or name.endswith(".pkl"):
-        return ""
-    from nano_dmd.stable_diffusion import RANDOM, pipeline_class
+        recipe = read_json(Path(name) / "teacher.json", {})
+        return read_json(Path(name) / "teacher.json", {"source": str})["source"] if "source" in recipe else ""
+    from nano_dmd.hub import index_of
+    from nano_dmd.stable_diffusion import RANDOM
 
-    found = name in RANDOM or may_be_pipeline(name) and pipeline_class(name).startswith("StableDiffusion")
-    return name if found else ""
+    if name in RANDOM or is_pipeline(name) and index_of(name).get("_class_name", "").startswith("StableDiffusion"):
+        return name
+    return ""
 
 
 def folder_of(name):
@@ -159,23 +208,23 @@ def folder_of(name):
         file = fetch_edm(name) if name.startswith("edm:") else path
         if not file.is_file():
             raise UserError(f"no file {name}: give an EDM .pkl, or a name like edm:cifar10-cond to have it downloaded")
-        folder = cache_dir() / f"teacher-edm-{sha256(file)[:10]}"
-        if not (folder / "teacher.safetensors").exists():         # the only metrics of others' data are CIFAR-10's
-            convert(file, folder, data="cifar10" if "cifar10" in file.name else "")
-        return folder
-    if may_be_pipeline(name) or "UNet2DModel" in text_of(path / "config.json"):
-        from nano_dmd.hub import fetch_diffusers
+        data = "cifar10" if "cifar10" in file.name else ""        # the only metrics of others' data are CIFAR-10's
+        return kept("edm", [sha256(file), data], lambda folder: convert(file, folder, data))
+    if is_pipeline(name):
+        from nano_dmd.hub import convert, version
 
-        return fetch_diffusers(name)
-    raise UserError(f"no teacher {name!r}: use toy:NAME, {', '.join(r for r in RECIPES if r != 'toy')}, edm:NAME, a .pkl of "
+        return kept("diffusers", [name, version(name)], lambda folder: convert(name, folder))
+    raise UserError(f"no teacher {name!r:.200}: use toy:NAME, {', '.join(r for r in RECIPES if r != 'toy')}, edm:NAME, a .pkl of "
                     "EDM's, the folder of a run that trained one, or a diffusers pipeline with a UNet2DModel")
 
 
-def may_be_pipeline(name):
-    """A folder with a diffusers pipeline, or a name that the hub could know: runs/typo is not OWNER/MODEL."""
-    on_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.is_dir()
-    return bool(on_the_hub) or (Path(name) / "model_index.json").is_file()
+MODEL_FILES = ("model_index.json", "config.json")
 
 
-def text_of(path):
-    return path.read_text(errors="replace") if path.is_file() else ""
+def is_pipeline(name):
+    """A folder with a diffusers pipeline or model; else a name that could be one on the hub, OWNER/MODEL."""
+    if name in RECIPES or name.startswith(("edm:", "toy:")) or name.endswith(".pkl"):
+        return False
+    if Path(name).is_dir():
+        return any(b"_class_name" in read_bytes(file) for file in Path(name).glob("*.json") if file.name in MODEL_FILES)
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII))
