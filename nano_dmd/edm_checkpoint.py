@@ -284,6 +284,8 @@ def build_edm(init_kwargs, state_dict):
             raise UserError(f"model.{name} is {found} in the checkpoint and {needed} in a network built with its arguments")
         if not have[name].is_floating_point():
             raise UserError(f"model.{name} holds {have[name].dtype} numbers in the checkpoint")
+        if not have[name].isfinite().all():
+            raise UserError(f"model.{name} holds a number that is not finite in the checkpoint")
     net.load_state_dict({name: t.detach().to(torch.float32, copy=True) for name, t in have.items()}, assign=True)
     net.to(memory_format=torch.channels_last)
     return EDM(net, init_kwargs.get("sigma_data", 0.5)).requires_grad_(False).eval()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from nano_dmd import hub
 from nano_dmd.assemble import is_latent
 from nano_dmd.checkpoint import UserError, command, first_line, unwritable
 from nano_dmd.evaluate import load_run
@@ -85,7 +86,8 @@ def lora_weights(unet):
 
 def export(run, to):
     """Write the pipeline folder `to`, complete or not at all."""
-    from diffusers import DDPMScheduler, StableDiffusionPipeline
+    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextModel
 
     cfg, teacher, generator = load_run(run)
     if not is_latent(teacher) or teacher.recipe["source"] in RANDOM:
@@ -93,7 +95,7 @@ def export(run, to):
     if Path(to).exists():
         raise UserError(f"{to} exists already: give --to a folder that does not")
     source, unet = teacher.recipe["source"], generator.net.net.unet
-    steps, call = scheduler(cfg, dict(part(DDPMScheduler, source, "scheduler").config))
+    steps, call = scheduler(cfg, dict(DDPMScheduler.from_config(hub.noise_table(source).config).config))
     try:
         Path(to).absolute().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=Path(to).absolute().parent, prefix=".export-", suffix=".tmp") as tmp:
@@ -102,8 +104,10 @@ def export(run, to):
                 StableDiffusionPipeline.save_lora_weights(new, unet_lora_layers=lora_weights(unet))
                 unet.fuse_lora()
                 unet.unload_lora()
-            StableDiffusionPipeline.from_pretrained(source, unet=unet, scheduler=steps).save_pretrained(new)
-            (new / "README.md").write_text(card(cfg, source, Path(to).name, call))
+            others = dict(vae=part(AutoencoderKL, source, "vae"), text_encoder=part(CLIPTextModel, source, "text_encoder"))
+            whole = StableDiffusionPipeline.from_pretrained(**hub.source(source), unet=unet, scheduler=steps, **others)
+            whole.save_pretrained(new)
+            (new / "README.md").write_text(card(cfg, source, Path(to).name, call), encoding="utf-8")
             shutil.move(new, to)
     except OSError as e:
         raise unwritable(to, e) from e

@@ -1,15 +1,69 @@
 """What other libraries bring: diffusers' image models as teachers, and the perceptual distance of DMD's regression."""
 
-import hashlib
+import functools
+import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nano_dmd.checkpoint import UserError, cache_dir, first_line
+from nano_dmd.cache import fingerprint
+from nano_dmd.checkpoint import UserError, first_line, read_json
 from nano_dmd.teacher import FromEps, FromV
 from nano_dmd.zoo import save_teacher
+
+# What samples models that predict eps or v from timesteps of a variance-preserving table, alphas_cumprod.
+SCHEDULERS = ("DDPM", "DDIM", "PNDM", "DDPMParallel", "DDIMParallel", "LMSDiscrete", "EulerDiscrete", "EulerAncestralDiscrete",
+              "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverMultistep", "DPMSolverSinglestep",
+              "DEISMultistep", "UniPCMultistep")
+PIPELINES = ("", "DDPMPipeline", "DDIMPipeline", "PNDMPipeline")   # of UNet2DModels in pixels; "" = a model without one
+
+
+@functools.lru_cache
+def on_the_hub(name):
+    """(what from_pretrained takes, the commit) of a hub name: asked for once, and not for half a minute.
+
+    raises UserError if the hub has no such model, or cannot be asked and left no copy here
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        return name, HfApi().model_info(name, timeout=10).sha
+    except Exception as e:                                        # no network, no model, no permission: no common base class
+        copies = [try_to_load_from_cache(name, file) for file in ("model_index.json", "config.json")]
+        for copy in (c for c in copies if isinstance(c, str)):
+            return str(Path(copy).parent), Path(copy).parent.name
+        raise UserError(f"no model {name}: there is no such folder here, and the hub does not give it ({first_line(e)}); "
+                        "check the name and the network, or give a local folder of a diffusers pipeline") from e
+
+
+def source(name):
+    """The arguments of from_pretrained for a folder or a hub name."""
+    if Path(name).is_dir():
+        return dict(pretrained_model_name_or_path=name)
+    place, commit = on_the_hub(name)
+    return dict(pretrained_model_name_or_path=place, **({"revision": commit} if place == name else {}))
+
+
+def version(name, *parts):
+    """What changes when (parts of) a model does: a fingerprint of its files, or its commit on the hub."""
+    if not Path(name).is_dir():
+        return on_the_hub(name)[1]
+    return fingerprint(*([os.path.join(name, p) for p in parts if os.path.isdir(os.path.join(name, p))] or [name]))
+
+
+def index_of(name):
+    """model_index.json of a pipeline, {} for a model without one."""
+    from diffusers import DiffusionPipeline
+
+    if Path(name).is_dir():
+        path = Path(name) / "model_index.json"
+        return read_json(path, {}) if path.is_file() else {}
+    try:
+        return DiffusionPipeline.load_config(**source(name))
+    except OSError:                                               # the hub has the model, and this file is not in it
+        return {}
 
 
 class DiffusersUNet(nn.Module):
@@ -28,61 +82,127 @@ class DiffusersUNet(nn.Module):
         emb = unet.time_embedding(unet.time_proj(t).to(x.dtype))
         if unet.class_embedding is not None:
             emb = emb + unet.class_embedding(cond)
-        h = unet.conv_in(x)
+        skip = 2 * x - 1 if unet.config.center_input_sample else x
+        h = unet.conv_in(skip)
         for block in unet.down_blocks:
-            h = block(hidden_states=h, temb=emb)[0]
-        return unet.mid_block(h, emb)
+            if hasattr(block, "skip_conv"):                       # of NCSN++
+                h, _, skip = block(hidden_states=h, temb=emb, skip_sample=skip)
+            else:
+                h = block(hidden_states=h, temb=emb)[0]
+        return h if unet.mid_block is None else unet.mid_block(h, emb)
 
 
 def denoiser_from_config(unet, alphas_cumprod, prediction_type):
-    """The untrained Denoiser that fetch_diffusers recorded: UNet2DModel's config, the noise table, epsilon or v_prediction."""
+    """The untrained Denoiser that convert recorded: UNet2DModel's config, the noise table, epsilon or v_prediction."""
     from diffusers import UNet2DModel
 
     kinds = {"epsilon": FromEps, "v_prediction": FromV}
     return kinds[prediction_type](DiffusersUNet(UNet2DModel.from_config(unet)), torch.tensor(alphas_cumprod, dtype=torch.float64))
 
 
-def fetch_diffusers(name):
-    """The cached teacher folder of a pipeline, downloaded once by huggingface_hub into its own cache.
+def convert(name, folder):
+    """Make folder one that load_teacher takes, from a diffusers pipeline in pixels (hub name or folder).
 
     raises UserError if there is no such pipeline, or none that can be a teacher
     """
-    folder = cache_dir() / f"teacher-diffusers-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
-    if Path(name).is_dir() or not (folder / "teacher.safetensors").exists():          # a local folder may have changed
-        convert(name, folder)
-    return folder
+    from diffusers import UNet2DModel
 
-
-def convert(name, folder):
-    """Make folder one that load_teacher takes, from a diffusers pipeline (hub name or folder)."""
-    from diffusers import DDPMScheduler, UNet2DModel
-
-    unet, scheduler = part(UNet2DModel, name, "unet"), part(DDPMScheduler, name, "scheduler")
-    config, kind = dict(unet.config), scheduler.config.prediction_type
-    if kind not in ("epsilon", "v_prediction"):
-        raise UserError(f"{name} predicts {kind!r}: teachers here predict epsilon or v_prediction")
-    if config["in_channels"] != config["out_channels"] or not isinstance(config["sample_size"], int):
+    index = index_of(name)
+    others = [k for k, v in index.items() if isinstance(v, (list, tuple)) and k not in ("unet", "scheduler")]
+    if index.get("_class_name", "") not in PIPELINES or others:
+        raise UserError(f"{name} is a {index.get('_class_name')}{' with ' * bool(others)}{', '.join(others)}: teachers here are "
+                        f"{', '.join(filter(None, PIPELINES))} with a UNet2DModel in pixels, or Stable Diffusion 1 and 2")
+    scheduler, unet = noise_table(name), part(UNet2DModel, name, "unet")
+    config, side = dict(unet.config), square(unet.config["sample_size"])
+    if config["in_channels"] != config["out_channels"] or not side:
         raise UserError(f"{name} maps {config['in_channels']} channels of {config['sample_size']} pixels to "
                         f"{config['out_channels']}: not a model of square images")
-    args = dict(unet={k: v for k, v in config.items() if not k.startswith("_")}, prediction_type=kind,
+    if config["time_embedding_type"] == "fourier" or config["class_embed_type"]:
+        raise UserError(f"{name} has time_embedding_type {config['time_embedding_type']} and class_embed_type "
+                        f"{config['class_embed_type']}: networks told of noise levels, or of classes as numbers or vectors, are "
+                        "not supported")
+    args = dict(unet={k: v for k, v in config.items() if not k.startswith("_")}, prediction_type=scheduler.config.prediction_type,
                 alphas_cumprod=scheduler.alphas_cumprod.double().tolist())
-    shape = [config["in_channels"], config["sample_size"], config["sample_size"]]
     denoiser = denoiser_from_config(**args)
     denoiser.net.unet.load_state_dict(unet.state_dict())
-    save_teacher(folder, denoiser, dict(network="diffusers", args=args, sigma_data=0.5, bf16=False, shape=shape, data="",
-                                        classes=config.get("num_class_embeds") or 0, seconds=0, cpu_seconds=0))
+    shape, classes = [config["in_channels"], side, side], config.get("num_class_embeds") or 0
+    save_teacher(folder, denoiser, dict(network="diffusers", args=args, sigma_data=0.5, bf16=False, shape=shape, classes=classes,
+                                        data="", seconds=0, cpu_seconds=0))
+
+
+def square(size):
+    """Pixels a side by diffusers' sample_size, a number or a pair of equal ones; 0 if it is neither."""
+    sides = set(size) if isinstance(size, (list, tuple)) else {size}
+    return sides.pop() if len(sides) == 1 and all(type(n) is int and n > 0 for n in sides) else 0
+
+
+def noise_table(name):
+    """The scheduler of a pipeline, which has alphas_cumprod.  raises UserError unless its class and settings say that the
+    model predicts eps or v from timesteps of that table: another one's networks mean something else by the same inputs."""
+    import diffusers
+
+    config, kind = None, None
+    for where in ({"subfolder": "scheduler"}, {}):
+        try:
+            config = config or diffusers.DDPMScheduler.load_config(**source(name), **where)
+        except Exception as e:                                    # hub, network, json: no common base class
+            problem = first_line(e)
+    if config is None:
+        raise UserError(f"cannot load the scheduler of {name}: {problem}; without one nobody knows what its network predicts")
+    kind = str(config.get("_class_name", "")).removesuffix("Scheduler")
+    odd = [k for k in ("use_flow_sigmas", "rescale_betas_zero_snr") if config.get(k)]
+    if config.get("timestep_type", "discrete") != "discrete":
+        odd.append("timestep_type")
+    predicted = config.get("prediction_type", "epsilon")
+    if kind not in SCHEDULERS or odd or predicted not in ("epsilon", "v_prediction"):
+        raise UserError(f"{name} predicts {predicted!r} and is sampled by {kind or 'no '}Scheduler{' with ' * bool(odd)}"
+                        f"{', '.join(odd)}: teachers here predict epsilon or v_prediction at the timesteps of a DDPM, DDIM, PNDM "
+                        "or other variance-preserving schedule that ends with some signal")
+    try:
+        scheduler = getattr(diffusers, f"{kind}Scheduler").from_config(config)
+        abar = scheduler.alphas_cumprod
+        right = ((abar > 0) & (abar < 1)).all() and (abar.diff() < 0).all()
+    except Exception as e:
+        raise UserError(f"cannot use the scheduler of {name}: {first_line(e)}") from e
+    if not right:
+        raise UserError(f"the noise of {name}'s scheduler does not rise from little to much: it cannot be a teacher")
+    return scheduler
 
 
 def part(kind, name, subfolder, wanted="diffusers pipeline with a UNet2DModel"):
-    """kind.from_pretrained of a pipeline's subfolder, or of a bare model's own folder; raises UserError asking for a `wanted`."""
-    problems = []
-    for where in ({"subfolder": subfolder}, {}):
-        try:
-            return kind.from_pretrained(name, **where)
-        except Exception as e:                                    # hub, network, json, weights: no common base class
-            problems.append(first_line(e))
+    """kind.from_pretrained of a pipeline's subfolder, or of a bare model's own folder; a network in float32, complete and finite.
+
+    Weights that are there as variant "fp16" alone are taken.  raises UserError asking for a `wanted`
+    """
+    network, problems = issubclass(kind, nn.Module), []
+    for variant in (None, "fp16") if network else (None,):
+        for where in ({"subfolder": subfolder}, {}):
+            more = dict(variant=variant, output_loading_info=True) if network else {}
+            try:
+                found = kind.from_pretrained(**source(name), **where, **more)
+            except UserError:
+                raise
+            except Exception as e:                                # hub, network, json, weights: no common base class
+                problems.append(first_line(e))
+                continue
+            return complete(*found, f"the {subfolder} of {name}") if network else found
     raise UserError(f"cannot load the {subfolder} of {name}: {problems[0]}; give a {wanted}, on the hub (needs a network "
                     "the first time) or as a local folder")
+
+
+def complete(model, info, what):
+    """A network just read, in float32.  raises UserError unless all its weights were in the file, no others, all finite."""
+    absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    strange = sorted(map(str, info["unexpected_keys"])) if type(model).__module__.startswith("diffusers") else []
+    if absent or strange:
+        why = [f"it has no {name}" for name in absent[:1]] + [f"it has an unknown {name}" for name in strange[:1]]
+        if strange and strange[0].startswith(("module.", "_orig_mod.")):
+            why.append("so a wrapped network was saved: save the one inside")
+        raise UserError(f"{what} is no {type(model).__name__} as its config describes: {', '.join(why)}")
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise UserError(f"{what} is damaged: {name} holds a number that is not finite")
+    return model.float()
 
 
 def lpips(device, decode=None):

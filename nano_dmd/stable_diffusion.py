@@ -8,7 +8,7 @@ Text encoder and VAE encoder run once, before training; what they said is kept i
 """
 
 import hashlib
-import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,11 @@ from torch import nn
 from tqdm import tqdm
 
 from nano_dmd import hub
-from nano_dmd.checkpoint import UserError, cache_dir, first_line, unwritable
-from nano_dmd.data import image_files, middle_square, write_rows
-from nano_dmd.noise import PROCESS, forked, sd_sigmas
+from nano_dmd.cache import cached, digest, fingerprint
+from nano_dmd.checkpoint import UserError, first_line, note, parse_json, read_lines
+from nano_dmd.data import image_files, middle_square, read_table, write_rows
+from nano_dmd.noise import forked, sd_sigmas
+from nano_dmd.schema import mismatch
 from nano_dmd.teacher import FromEps, FromV, Teacher
 
 # Networks of the published sizes with random weights and made-up embeddings: to measure speed and memory, nothing else.
@@ -52,7 +54,7 @@ class TextUNet(nn.Module):
         emb, h = unet.time_embedding(unet.get_time_embed(x, t)), unet.conv_in(x)
         for block in unet.down_blocks:
             h = block(hidden_states=h, temb=emb, **(text if getattr(block, "has_cross_attention", False) else {}))[0]
-        return unet.mid_block(h, emb, **text)
+        return h if unet.mid_block is None else unet.mid_block(h, emb, **text)
 
     @property
     def checkpointing(self):
@@ -61,16 +63,6 @@ class TextUNet(nn.Module):
     @checkpointing.setter
     def checkpointing(self, on):
         self.unet.enable_gradient_checkpointing() if on else self.unet.disable_gradient_checkpointing()
-
-
-def pipeline_class(name):
-    """The class that a diffusers folder or hub name declares, "" if there is none to be seen."""
-    from diffusers import DiffusionPipeline
-
-    try:
-        return DiffusionPipeline.load_config(name).get("_class_name", "")
-    except Exception:                                             # hub, network, json: whoever loads it next says what is wrong
-        return ""
 
 
 def load(name, device):
@@ -87,9 +79,9 @@ def load(name, device):
     denoiser = {"epsilon": FromEps, "v_prediction": FromV}[kind](net, 1 / (1 + sigmas.double() ** 2)).to(device)
     # the published losses are plain errors in what the network predicts: in x0 that is 1/sigma^2, and 1/sigma^2 + 1 for v
     sigma_data = {"epsilon": float("inf"), "v_prediction": 1.0}[kind]
-    shape = (4, unet.config.sample_size, unet.config.sample_size)
-    recipe = dict(network="stable_diffusion", source=name, shape=list(shape), classes=0, data="", sigma_data=sigma_data,
-                  seconds=0, cpu_seconds=0)
+    shape = (4, *2 * [hub.square(unet.config.sample_size)])
+    place = os.path.abspath(name) if os.path.isdir(name) else name
+    recipe = dict(network="stable_diffusion", source=place, shape=list(shape), classes=0, data="", seconds=0, cpu_seconds=0)
     return Teacher(denoiser, shape, 0, sigma_data, "", denoiser.requires_grad_(False).eval(), recipe,
                    (sigmas[0].item(), sigmas[-1].item()), decode)
 
@@ -101,33 +93,41 @@ def part(kind, name, subfolder):
 
 def read_parts(name, device):
     """(U-Net, what it predicts, its (1000,) noise levels, decode) of a pipeline."""
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    scheduler = part(DDPMScheduler, name, "scheduler")
+    kind = hub.index_of(name).get("_class_name", "")
+    if kind not in ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"):
+        raise UserError(f"{name} is {f'a {kind}' if kind else 'no Stable Diffusion pipeline'}: versions 1 and 2 are supported; "
+                        "SDXL, inpainting and newer models are not")
+    scheduler = hub.noise_table(name)
     try:                                                          # before gigabytes are loaded
-        config = UNet2DConditionModel.load_config(name, subfolder="unet")
+        config = UNet2DConditionModel.load_config(**hub.source(name), subfolder="unet")
     except Exception as e:
         raise UserError(f"cannot load the unet of {name}: {first_line(e)}; is it a Stable Diffusion 1.5 pipeline?") from e
-    kind, added, channels = scheduler.config.prediction_type, config.get("addition_embed_type"), config.get("in_channels")
-    if added or channels != 4 or kind not in ("epsilon", "v_prediction"):
-        raise UserError(f"{name} is not Stable Diffusion 1 or 2 (in_channels {channels}, predicts {kind}, "
-                        f"added conditions {added}): SDXL, inpainting and newer models are not supported")
+    odd = [k for k in ("addition_embed_type", "encoder_hid_dim", "encoder_hid_dim_type", "class_embed_type", "num_class_embeds",
+                       "time_cond_proj_dim", "center_input_sample") if config.get(k)]
+    if odd or config.get("in_channels", 4) != 4 or not hub.square(config.get("sample_size")):
+        also = f", also {', '.join(odd)}" if odd else ""
+        raise UserError(f"{name} is not Stable Diffusion 1 or 2 (in_channels {config.get('in_channels')}, sample_size "
+                        f"{config.get('sample_size')}{also}): SDXL, inpainting, distilled and newer models are not supported")
     abar = scheduler.alphas_cumprod.double()
     sigmas = ((1 - abar) / abar).sqrt()
     if sigmas.shape != (1000,) or not torch.allclose(sigmas, sd_sigmas().double(), rtol=1e-3):
         raise UserError(f"{name} has another noise schedule than Stable Diffusion 1 and 2: sd(first,last) would not fit it")
-    return part(UNet2DConditionModel, name, "unet"), kind, sigmas, decoder(lambda: part(AutoencoderKL, name, "vae"), device)
+    return (part(UNet2DConditionModel, name, "unet"), scheduler.config.prediction_type, sigmas,
+            decoder(part(AutoencoderKL, name, "vae"), device))
 
 
-def decoder(load_vae, device):
+def decoder(vae, device):
     """decode(latents) -> images in [-1, 1] on the CPU, a few at a time; the VAE visits the device only while it works."""
-    kept = []
+    if vae.config.latent_channels != 4 or vae.config.shift_factor:
+        raise UserError(f"the vae has {vae.config.latent_channels} latent channels and shift_factor {vae.config.shift_factor}: "
+                        "it is not the one of Stable Diffusion 1 or 2")
+    vae.requires_grad_(False).eval()
 
     @torch.no_grad()
     def decode(latents):
-        if not kept:
-            kept.append(load_vae().requires_grad_(False).eval())
-        vae = kept[0].to(device)
+        vae.to(device)
         x = [vae.decode(some / vae.config.scaling_factor).sample.clamp(-1, 1).cpu() for some in latents.to(device).split(4)]
         vae.cpu()
         return torch.cat(x)
@@ -155,11 +155,10 @@ class Prompts:
 
     def __init__(self, model, texts):
         self.model, self.texts = model, texts
-        key = hashlib.sha256(json.dumps([model, texts]).encode()).hexdigest()[:10]
-        path = cache_dir() / f"text-{key}.npy"
-        if not path.exists():
-            write_once(path, len(texts), embeddings(model, texts))
-        self.table = np.load(path, mmap_mode="r")
+        encoder = model if model in RANDOM else hub.version(model, "tokenizer", "text_encoder")
+        made_of = dict(model=str(model), encoder=encoder, texts=digest(texts), count=len(texts), first=texts[0][:80])
+        path = cached("text", made_of, lambda path: write_rows(path, len(texts), embeddings(model, texts)), ".npy")
+        self.table = read_table(path, np.float16, [len(texts), None, None])
 
     def __len__(self):
         return len(self.texts)
@@ -182,35 +181,19 @@ def embeddings(model, texts, batch=32):
         raise UserError(NEEDS.format(e)) from e
     tokenizer, encoder = part(CLIPTokenizer, model, "tokenizer"), part(CLIPTextModel, model, "text_encoder").eval()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder, length, cut = encoder.to(device), tokenizer.model_max_length, 0
+    encoder, length, cut = encoder.to(device), min(tokenizer.model_max_length, encoder.config.max_position_embeddings), 0
     for i in tqdm(range(0, len(texts), batch), "encoding prompts", disable=len(texts) < batch):
         cut += sum(len(ids) > length for ids in tokenizer(texts[i : i + batch]).input_ids)
-        ids = tokenizer(texts[i : i + batch], padding="max_length", truncation=True, return_tensors="pt").input_ids
+        ids = tokenizer(texts[i : i + batch], padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         with torch.no_grad():
-            yield from encoder(ids.to(device))[0].float().cpu().numpy().astype(np.float16)
+            yield from encoder(ids.input_ids.to(device))[0].float().cpu().numpy().astype(np.float16)
     if cut:
         print(f"WARNING: {cut} of {len(texts)} prompts are longer than {length} tokens; the rest of each was cut off")
 
 
-def write_once(path, count, rows):
-    """data.write_rows to a cache file: complete, or no file at all."""
-    tmp = path.with_name(f".{path.name}.{PROCESS['rank']}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_rows(tmp, count, rows)
-        tmp.replace(path)
-    except OSError as e:
-        raise unwritable(path, e) from e
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
 def read_prompts(model, path):
     """The Prompts in a text file, one to a line; empty lines are left out."""
-    try:
-        texts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read prompts from {path}: {first_line(e)}; give a text file with one prompt to a line") from e
+    texts = [line for _, line in read_lines(path)]
     if not texts:
         raise UserError(f"no prompt in {path}: give a text file with one prompt to a line")
     return Prompts(model, texts)
@@ -225,11 +208,9 @@ class Latents:
     def __init__(self, model, folder, shape, device):
         files, captions = captioned(folder)
         self.shape, self.classes, self.device, side = shape, 0, device, 8 * shape[1]
-        stamp = [model, side, [(str(f.name), f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
-        path = cache_dir() / f"latents-{hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:10]}.npy"
-        if not path.exists():
-            write_once(path, len(files), moments(model, files, side, device))
-        self.table, self.prompts = np.load(path, mmap_mode="r"), Prompts(model, captions)
+        made_of = dict(model=model, vae=hub.version(model, "vae"), side=side, folder=str(folder), files=fingerprint(*files))
+        path = cached("latents", made_of, lambda path: write_rows(path, len(files), moments(model, files, side, device)), ".npy")
+        self.table, self.prompts = read_table(path, np.float16, [len(files), 8, *shape[1:]]), Prompts(model, captions)
 
     def __len__(self):
         return len(self.table)
@@ -246,15 +227,28 @@ def captioned(folder):
     folder, files = Path(folder), image_files(folder)
     listed = folder / "metadata.jsonl"
     if listed.is_file():
-        rows = {r["file_name"]: r["text"] for r in map(json.loads, listed.read_text(encoding="utf-8").splitlines())}
-        captions = [rows.get(str(f.relative_to(folder))) for f in files]
+        rows = dict(caption_of(line, f"{listed}, line {i}") for i, line in read_lines(listed))
+        captions = [rows.pop(f.relative_to(folder).as_posix(), None) for f in files]
+        if rows:
+            note(f"{listed} has captions for {len(rows)} images that are not there, {next(iter(rows))} for example")
     else:
         beside = [f.with_suffix(".txt") for f in files]
-        captions = [t.read_text(encoding="utf-8").strip() if t.is_file() else None for t in beside]
+        captions = [" ".join(line for _, line in read_lines(t)) if t.is_file() else None for t in beside]
     if None in captions:
         raise UserError(f"{captions.count(None)} of {len(files)} images have no caption, {files[captions.index(None)]} for "
                         "example: put NAME.txt beside each image, or a metadata.jsonl with file_name and text in the folder")
     return files, captions
+
+
+def caption_of(line, where):
+    """(file name, caption) of a line of metadata.jsonl, whose caption may also be called prompt or caption."""
+    row = parse_json(line, where)
+    if problem := mismatch(row, {"file_name": str}):
+        raise UserError(f"cannot use {where}: {problem}")
+    column = next((c for c in ("text", "prompt", "caption") if c in row), "text")
+    if problem := mismatch(row, {column: str}):
+        raise UserError(f"cannot use {where}: {problem}; it needs file_name and text")
+    return row["file_name"].replace("\\", "/").removeprefix("./"), row[column].strip()
 
 
 @torch.no_grad()

@@ -1,12 +1,15 @@
 """diffusers models as teachers: read from the folders diffusers writes, equal to diffusers' own arithmetic."""
 
 import json
+import shutil
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
 
-from nano_dmd import train
+from nano_dmd import hub, train
 from nano_dmd.checkpoint import UserError
 from nano_dmd.evaluate import load_run
 from nano_dmd.hub import DiffusersUNet
@@ -93,7 +96,7 @@ def test_models_that_cannot_be_teachers(tmp_path, monkeypatch):
     pipeline(tmp_path / "empty")
     (tmp_path / "empty" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     for name, message in {tmp_path / "sample": "predicts 'sample'", tmp_path / "inpaint": "maps 3 channels",
-                          tmp_path / "empty": "cannot load the unet of", "nobody/nothing": "cannot load the unet of"}.items():
+                          tmp_path / "empty": "cannot load the unet of", "nobody/nothing": "no model nobody/nothing"}.items():
         with pytest.raises(UserError, match=message):
             load_teacher(str(name))
 
@@ -107,3 +110,153 @@ def test_a_teacher_file_that_lies(tmp_path):
         (tmp_path / "copy" / "teacher.json").write_text(json.dumps(dict(recipe, args=broken)))
         with pytest.raises(UserError, match="teacher"):
             load_teacher(str(tmp_path / "copy"))
+
+
+# ---- somebody else's model is what it says it is, or refused
+
+
+def said_of(folder):
+    """The class of the denoiser that is loaded, or the one sentence."""
+    try:
+        return type(load_teacher(str(folder)).denoiser).__name__
+    except UserError as e:
+        return str(e)
+
+
+SCHEDULERS = {"DDIMScheduler": "FromEps", "PNDMScheduler": "FromEps", "EulerDiscreteScheduler": "FromEps",
+              "HeunDiscreteScheduler": "FromEps", "DPMSolverMultistepScheduler": "FromEps", "UniPCMultistepScheduler": "FromEps",
+              **dict.fromkeys(["ScoreSdeVeScheduler", "ScoreSdeVpScheduler", "KarrasVeScheduler", "EDMEulerScheduler",
+                               "EDMDPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler", "LCMScheduler",
+                               "TCDScheduler",
+                               "CMStochasticIterativeScheduler"], "teachers here predict epsilon or v_prediction")}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_class_of_the_scheduler_decides(name, tmp_path):
+    """What is sampled by timesteps of a variance-preserving table is a teacher, with the defaults of that class; no other is."""
+    if not hasattr(diffusers, name):
+        pytest.skip(f"this diffusers has no {name}")
+    pipeline(tmp_path)
+    scheduler = getattr(diffusers, name)()
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    assert SCHEDULERS[name] in said_of(tmp_path)
+    if SCHEDULERS[name] == "FromEps":                             # Heun's default betas are not DDPM's
+        abar = scheduler.alphas_cumprod.double()
+        torch.testing.assert_close(load_teacher(str(tmp_path)).net.sigmas, ((1 - abar) / abar).sqrt().float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("settings", [dict(rescale_betas_zero_snr=True), dict(prediction_type="sample"),
+                                      dict(trained_betas=[0.5, 1.0]), dict(trained_betas=[0.1, -0.1])])
+def test_schedules_that_do_not_fit_are_refused(settings, tmp_path):
+    pipeline(tmp_path)
+    config = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | settings))
+    assert "teacher" in said_of(tmp_path)
+
+
+def test_a_model_without_its_scheduler_is_refused(tmp_path):
+    pipeline(tmp_path)
+    shutil.rmtree(tmp_path / "scheduler")
+    assert "cannot load the scheduler" in said_of(tmp_path)
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(_class_name="LDMPipeline", vqvae=["diffusers", "VQModel"]), "is a LDMPipeline with vqvae"),
+    (dict(_class_name="KarrasVePipeline"), "KarrasVe"), (dict(vae=["diffusers", "AutoencoderKL"]), "DDPMPipeline with vae"),
+    (dict(_class_name="ConsistencyModelPipeline"), "Consistency"), (dict(_class_name="StableDiffusion3Pipeline"),
+    "versions 1 and 2")])
+def test_the_class_of_the_pipeline_decides(changes, said, tmp_path):
+    """Latent, variance-exploding and consistency pipelines hold a UNet2DModel too."""
+    pipeline(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | changes))
+    assert said in said_of(tmp_path)
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(class_embed_type="timestep"), "class_embed_type timestep"), (dict(class_embed_type="identity"),
+    "class_embed_type identity"),
+    (dict(time_embedding_type="fourier"), "time_embedding_type fourier"), (dict(sample_size=[8, 16]),
+    "not a model of square images"),
+    (dict(sample_size=None), "not a model of square images"), (dict(sample_size=[8, 8]), "FromEps")])
+def test_networks_of_another_build(changes, said, tmp_path):
+    pipeline(tmp_path, **changes)
+    assert said in said_of(tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [
+    dict(mid_block_type=None), dict(center_input_sample=True),
+    dict(down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D"), up_block_types=("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+         norm_num_groups=None, block_out_channels=(32, 64), in_channels=3, out_channels=3)], ids=["no middle block", "centred",
+         "skip blocks"])
+def test_features_of_networks_of_another_build(changes, tmp_path):
+    """What the decoder's first block is given, bit for bit."""
+    unet, seen = pipeline(tmp_path, **changes), []
+    unet.up_blocks[0].register_forward_pre_hook(lambda module, inputs, more: seen.append((*inputs, *more.values())[0]),
+                                                with_kwargs=True)
+    x, t = torch.randn(2, unet.config.in_channels, 8, 8), torch.tensor([3, 500])
+    unet(x, t)
+    torch.testing.assert_close(DiffusersUNet(unet).features(x, t), seen[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda t: {f"module.{k}": v for k, v in t.items()}, "no conv_in.bias, it has an unknown module.conv_in.bias, so a wrapped"),
+    (lambda t: {f"_orig_mod.{k}": v for k, v in t.items()}, "_orig_mod.conv_in.bias, so a wrapped network was saved"),
+    (lambda t: dict(list(t.items())[1:]), "it has no "), (lambda t: t | {"more": torch.zeros(1)}, "it has an unknown more"),
+    (lambda t: {k: v.fill_(torch.nan) for k, v in t.items()}, "holds a number that is not finite")])
+def test_weights_are_all_there_and_no_others(change, said, tmp_path):
+    """Never a layer of random numbers, never a traceback."""
+    pipeline(tmp_path)
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)                                     # read whole before the file is written again
+    save_file(change({k: v.clone() for k, v in tensors.items()}), file, {"format": "pt"})
+    assert said in said_of(tmp_path)
+
+
+def test_half_precision_files_alone_are_taken(tmp_path):
+    """NAME.fp16.safetensors, as half of the hub has: the same network, in float32, to half's rounding (2^-11)."""
+    unet = pipeline(tmp_path)
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({k: v.half() for k, v in load_file(file).items()}, file.with_suffix(".fp16.safetensors"), {"format": "pt"})
+    file.unlink()
+    found = load_teacher(str(tmp_path)).net.net.unet
+    for a, b in zip(found.parameters(), unet.parameters()):
+        assert a.dtype == torch.float32 and ((a - b).abs() <= 2**-11 * b.abs() + 1e-7).all()
+
+
+def test_guidance_needs_a_teacher_with_no_class(tmp_path, capsys, quick):
+    """A class-conditional UNet2DModel must be told a class, and an unconditional one has none to leave out; the digits' network
+    can be asked, and a word says that it was never taught to."""
+    flags = ["--preset", "digits", "--method", "sid", "--device", "cpu", "--steps", "1", "--batch", "2", "--teacher_steps", "1"]
+    for name, changes, said in (("classes", dict(num_class_embeds=3), "must be told a class"), ("none", {}, "has no classes")):
+        pipeline(tmp_path / name, **changes)
+        for option in (["--guidance", "2"], ["--fake_guidance", "2"], ["--critic_dropout", "0.5"]):
+            with pytest.raises(UserError, match=f"{option[0]} {float(option[1])} needs a teacher.*{said}"):
+                train.main([*flags, "--teacher", str(tmp_path / name), *option, "--out", str(tmp_path / "run")])
+    train.main([*flags, "--guidance", "2", "--out", str(tmp_path / "run")])
+    assert "note: digits was not trained here to be asked without a class" in capsys.readouterr().err
+
+
+def test_the_hub_is_asked_once_and_its_copy_is_used(tmp_path, monkeypatch):
+    """OWNER/MODEL beside a folder OWNER; the commit is the version; without a network the copy of an earlier call serves, and
+    without a copy there is one sentence at once."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    asked, unet = [], pipeline(tmp_path / "models--owner--model" / "snapshots" / "abc")
+
+    def offline(self, name, timeout):
+        asked.append(name)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", offline)
+    hub.on_the_hub.cache_clear()
+    with pytest.raises(UserError, match="no model owner/model: there is no such folder here, and the hub .*no network"):
+        load_teacher("owner/model")
+    assert asked == ["owner/model"]
+    copy = str(tmp_path / "models--owner--model" / "snapshots" / "abc" / "model_index.json")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: copy)
+    teacher = load_teacher("owner/model")
+    torch.testing.assert_close(teacher.net.net.unet.conv_in.weight, unet.conv_in.weight)
+    assert hub.version("owner/model") == "abc"
+    hub.on_the_hub.cache_clear()
