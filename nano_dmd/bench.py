@@ -11,9 +11,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nano_dmd.assemble import is_latent, machine, pick_device, use_threads
-from nano_dmd.checkpoint import UserError, command
+from nano_dmd.checkpoint import command
 from nano_dmd.evaluate import TEACHER_STEPS, latency, median_seconds, table
-from nano_dmd.presets import add_config_flags, parser, resolve
+from nano_dmd.presets import add_config_flags, number, parser, resolve
 from nano_dmd.teacher import FromEps, fast_bf16
 from nano_dmd.train import critic_requires_grad, prepare, train_step, update
 
@@ -70,11 +70,9 @@ def main(argv=None):
     p = parser("python -m nano_dmd.bench", __doc__)
     add_config_flags(p)
     p.add_argument("--methods", default="dmd,dmd2,sid,diff_instruct,regression", help="comma separated")
-    p.add_argument("--repeats", type=int, default=20, help="timed calls; the median is printed")
+    p.add_argument("--repeats", type=number(1, 10**6), default=20, help="timed calls; the median is printed")
     given = vars(p.parse_args(argv))
-    methods, repeats = given.pop("methods").split(","), given.pop("repeats")
-    if repeats < 1:
-        raise UserError(f"--repeats must be at least 1, got {repeats}")
+    methods, repeats = [m.strip() for m in given.pop("methods").split(",")], given.pop("repeats")
     configs = {name: resolve({**given, "method": name}) for name in methods}
     first = next(iter(configs.values()))
     device, rows = pick_device(first.device), {}

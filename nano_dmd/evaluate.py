@@ -17,7 +17,7 @@ others  fixed_fd, fixed_precision, fixed_recall   stand-ins without a download, 
 import functools
 import time
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import stdev
 
 import numpy as np
 import torch
@@ -27,11 +27,12 @@ from tqdm import tqdm
 
 from nano_dmd import fid, text_metrics
 from nano_dmd.assemble import find_data, is_latent, pick_device
-from nano_dmd.checkpoint import UserError, cache_dir, command, load_tensors, load_weights, save_tensors
+from nano_dmd.cache import cached, digest
+from nano_dmd.checkpoint import UserError, command, load_tensors, load_weights, save_tensors
 from nano_dmd.data import TensorData, load_data
 from nano_dmd.generator import Generator
 from nano_dmd.noise import forked
-from nano_dmd.presets import parser, read_config
+from nano_dmd.presets import number, parser, read_config
 from nano_dmd.teacher import fast_bf16, heun, load_teacher
 
 
@@ -41,7 +42,12 @@ def frechet(x, y):
 
 
 def coverage(of, by, k=5):
-    """Share of the rows of `of` that lie in the k-nearest-neighbour ball of some row of `by` (Kynkaanniemi 2019)."""
+    """Share of the rows of `of` that lie in the k-nearest-neighbour ball of some row of `by` (Kynkaanniemi 2019).
+
+    None where `by` has not so many neighbours, or `of` is empty.
+    """
+    if len(by) <= k or not len(of):
+        return None
     radius = torch.cdist(by, by).kthvalue(k + 1, dim=1).values                        # own distance 0 comes first
     return (torch.cdist(of, by) <= radius).any(1).float().mean().item()
 
@@ -86,8 +92,7 @@ class Classifier(nn.Module):
 
 def digit_classifier(data):
     """The classifier behind feat_fd, trained once on the even-numbered images (2 s) and cached; fixed seed."""
-    net, path = Classifier(), cache_dir() / "classifier-digits-1.safetensors"
-    if not path.exists():
+    def make(path):
         with forked(data.device), torch.enable_grad():
             torch.manual_seed(0)
             net, x, labels = Classifier(), data.x[::2].cpu(), data.labels[::2].cpu()
@@ -99,8 +104,11 @@ def digit_classifier(data):
                 loss.backward()
                 opt.step()
         save_tensors(path, net.state_dict())
-    net.load_state_dict(load_tensors(path))
-    return net.to(data.x.device).eval()
+
+    made_of = [digest(v.cpu().numpy().tobytes()) for v in (data.x, data.labels)]
+    net, path = Classifier(), cached("classifier-digits", made_of, make, ".safetensors")
+    load_weights(net, load_tensors(path), f"{path} (delete it to have it made again)")
+    return net.to(data.device).eval()
 
 
 @torch.no_grad()
@@ -125,8 +133,8 @@ def split_halves(data, n=2000):
 
 
 def is_digits(data):
-    """The shipped digits have metrics of their own; other images share fid.standin_metrics."""
-    return tuple(data.shape) == (1, 8, 8) and data.classes == 10
+    """The shipped digits have metrics of their own; other images, also of 8x8 pixels, share fid.standin_metrics."""
+    return getattr(data, "name", "") == "digits" and data.classes == 10
 
 
 @torch.no_grad()
@@ -161,7 +169,13 @@ def measure(sample, data, draws=5, k=1, images=2000):
             seeds = range(seed * images, (seed + 1) * images)
             made = fid.generate(sample, seeds, data.shape, data.classes, k, device, show=False)
             rows.append(fid.standin_metrics(made, data, images))
-    return {name: sum(r[name] for r in rows) / draws for name in rows[0]}
+    return average(rows)
+
+
+def average(rows):
+    """The mean of each number over rows {name: number}; None where a row could not tell."""
+    columns = {name: [r[name] for r in rows] for name in rows[0]}
+    return {name: None if None in v else sum(v) / len(v) for name, v in columns.items()}
 
 
 @torch.no_grad()
@@ -198,7 +212,7 @@ def rows(generator, teacher, data, label, draws=5, images=2000):
     """
     device, k = next(generator.parameters()).device, len(generator.sigmas)
     samplers = {"teacher": (lambda z, cond: heun(teacher.denoiser, z[0], cond), 1, 35, 1), label: (generator, k, k, draws)}
-    result = {"real halves": split_halves(data, images)} if hasattr(data, "pixels") else {}
+    result = {"real halves": split_halves(data, images)} if hasattr(data, "pixels") and len(data) > 1 else {}
     for name, (sample, k, calls, repeats) in samplers.items():
         ms = milliseconds(sample, teacher.shape, teacher.classes, device, k)
         found = measure(sample, data, repeats, k, images) if data else {}
@@ -265,7 +279,7 @@ def load_run(folder, device="cpu"):
     return cfg, teacher, generator.requires_grad_(False)
 
 
-def inception_rows(cfg, teacher, generator, args, device):
+def inception_rows(cfg, teacher, generator, args, wanted, device):
     """{method: mean, "spread": standard deviation} of metrics on Inception features over args.repeats sets of args.n images.
 
     Set r comes from seeds r n, r n + 1, ...; see fid.py.
@@ -273,27 +287,25 @@ def inception_rows(cfg, teacher, generator, args, device):
     reference = args.reference or cfg.data or teacher.data
     if not reference:
         raise UserError(f"the data set of {args.run} is not known: name one, or an .npz of EDM's, with --reference")
-    reference = reference if reference.endswith(".npz") else load_data(reference, device)
-    wanted, found = [m for m in fid.METRICS if m in args.metric.split(",")], []
+    reference, found = reference if reference.endswith(".npz") else load_data(reference, device), []
     for r in range(args.repeats):
         made = fid.generate(generator, range(r * args.n, (r + 1) * args.n), teacher.shape, teacher.classes,
                             len(generator.sigmas), device, args.batch)
         found.append(fid.inception_metrics(made, reference, wanted, device, args.inception_weights))
     values = {m: [f[m] for f in found] for m in wanted}
-    spread = {"spread": {m: stdev(v) for m, v in values.items()}} if args.repeats > 1 else {}
-    return {cfg.method: {m: mean(v) for m, v in values.items()}} | spread
+    spread = {"spread": {m: None if None in v else stdev(v) for m, v in values.items()}} if args.repeats > 1 else {}
+    return {cfg.method: average(found)} | spread
 
 
-def text_rows(cfg, teacher, generator, args, device):
+def text_rows(cfg, teacher, generator, args, wanted, device):
     """{method: {metric: number}} of a Stable Diffusion student on args.n prompts in turn; seed = number of the image.
 
     See text_metrics.py.
     """
     from nano_dmd.stable_diffusion import read_prompts
 
-    wanted = (args.metric or "").split(",")
-    if not wanted[0] or set(wanted) - {"fid", "clip"} or not teacher.decode:
-        raise UserError(f"students of {cfg.teacher} are measured by --metric fid,clip or one of them, got {args.metric!r}")
+    if not teacher.decode:
+        raise UserError(f"students of {cfg.teacher} cannot be measured: it has no decoder")
     prompts = read_prompts(teacher.recipe["source"], args.prompts or cfg.prompts)
 
     def one(seed):
@@ -308,14 +320,43 @@ def text_rows(cfg, teacher, generator, args, device):
                                                  args.clip_model)}
 
 
+DIGITS = ("fd", "feat_fd", "precision", "recall", "accuracy", "nearest")
+OTHERS = ("fixed_fd", "fixed_precision", "fixed_recall")
+POINTS = ("sw2", "in3", "modes", "weight_error")
+
+
+def wanted_metrics(text, teacher, data_name):
+    """(names in --metric, the kinds of metrics they are: "text", "inception" or "own").  raises UserError for unknown names.
+
+    Digits have a precision and a recall of their own; those on Inception features are had together with another of them.
+    """
+    wanted = [name.strip() for name in text.split(",")] if text is not None else []
+    own = POINTS if len(teacher.shape) == 1 else DIGITS if data_name == "digits" else OTHERS
+    if is_latent(teacher):
+        kind, known = "text", ("fid", "clip")
+    elif set(wanted) & set(fid.METRICS) - set(own) and teacher.shape[0] in (1, 3) and own is not POINTS:
+        kind, known = "inception", fid.METRICS
+    else:
+        kind, known = "own", (*own, "NFE", "samples/s")
+    wrong = [name for name in wanted if name not in known]
+    if kind == "text" and (wrong or not wanted):
+        raise UserError(f"text-to-image students are measured by --metric fid,clip or one of them, got {text!r}")
+    if wrong:
+        more = f", or among themselves: {', '.join(fid.METRICS)}" if kind == "own" and own is not POINTS else ""
+        raise UserError(f"no metric {wrong[0]!r} here, or not in one call with the others: choose from {', '.join(known)}{more}")
+    return [name for name in known if name in wanted], kind
+
+
 def main(argv=None):
     p = parser("python -m nano_dmd.evaluate", __doc__)
     p.add_argument("run", help="a run folder")
-    p.add_argument("--metric", help=f"print this metric alone, e.g. sw2; or some of {','.join(fid.METRICS)} (Inception)")
-    p.add_argument("--draws", type=int, default=5, help="independent sample sets to average over")
-    p.add_argument("--n", type=int, default=50_000, help="samples for metrics on Inception features; papers use 50000")
-    p.add_argument("--repeats", type=int, default=1, help="sets of --n samples for those metrics; several give a spread")
-    p.add_argument("--batch", type=int, default=250, help="samples made at once for those metrics")
+    p.add_argument("--metric", help=f"print these metrics alone, e.g. sw2; or some of {','.join(fid.METRICS)} (Inception)")
+    p.add_argument("--draws", type=number(1, 10**6), default=5, help="independent sample sets to average over")
+    p.add_argument("--n", type=number(2, 10**9), default=50_000,
+                   help="samples for metrics on Inception features; papers use 50000")
+    p.add_argument("--repeats", type=number(1, 10**6), default=1,
+                   help="sets of --n samples for those metrics; several give a spread")
+    p.add_argument("--batch", type=number(1, 10**6), default=250, help="samples made at once for those metrics")
     p.add_argument("--reference", help="for those metrics: an .npz of EDM's fid-refs, or a data set (default: the run's)")
     p.add_argument("--inception-weights", help="torch-fidelity's Inception weights (default: downloaded once)")
     p.add_argument("--prompts", help="fid and clip of Stable Diffusion students: captions, one to a line (default: the run's)")
@@ -323,20 +364,20 @@ def main(argv=None):
     p.add_argument("--device", default="auto", help="auto | cpu | cuda")
     args = p.parse_args(argv)
     device = pick_device(args.device)
-    for name, least in dict(draws=1, n=2, batch=1, repeats=1).items():
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     cfg, teacher, generator = load_run(args.run, device)
-    if set((args.metric or "").split(",")) & set(fid.METRICS) and teacher.shape[0] == 3:
-        print(table(inception_rows(cfg, teacher, generator, args, device)))
-        return
-    if is_latent(teacher):
-        print(table(text_rows(cfg, teacher, generator, args, device)))
-        return
-    result = rows(generator, teacher, find_data(cfg, teacher, device), cfg.method, args.draws, cfg.eval_images)
-    if args.metric and args.metric not in result[cfg.method]:
-        raise UserError(f"no metric {args.metric!r} here: choose from {', '.join(result[cfg.method])}")
-    print(table({k: {args.metric: v[args.metric]} for k, v in result.items() if args.metric in v} if args.metric else result))
+    wanted, kind = wanted_metrics(args.metric, teacher, cfg.data or teacher.data)
+    if kind == "own" and args.reference:
+        raise UserError(f"--reference is for metrics on Inception features, {', '.join(fid.METRICS)}: give one by --metric, or "
+                        "leave it out")
+    if kind != "own":
+        found = {"inception": inception_rows, "text": text_rows}[kind](cfg, teacher, generator, args, wanted, device)
+    else:
+        found = rows(generator, teacher, find_data(cfg, teacher, device), cfg.method, args.draws, cfg.eval_images)
+    if wrong := [name for name in wanted if name not in found[cfg.method]]:
+        raise UserError(f"{wrong[0]} cannot be measured, as the data of {args.run} is not known: give it by --data when training")
+    if wanted:
+        found = {row: {m: v[m] for m in wanted if m in v} for row, v in found.items() if set(wanted) & v.keys()}
+    print(table(found))
 
 
 if __name__ == "__main__":

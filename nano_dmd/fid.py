@@ -45,14 +45,18 @@ def generate(sample, seeds, shape, classes=0, k=1, device="cpu", batch=250, show
 
 def moments(features):
     """Mean (D,) and covariance (D, D) of features (N, D), float64."""
-    return features.double().mean(0), features.double().T.cov()
+    x = features.double()
+    return x.mean(0), x.T.cov() if len(x) > 1 else x.new_full((x.shape[1],) * 2, torch.nan)
 
 
 def frechet(mean_x, cov_x, mean_y, cov_y):
     """|mean difference|^2 + tr(Cx + Cy - 2 (Cx Cy)^(1/2)), float64.
 
+    None where a set is too small to have a covariance.
     Differs: EDM takes the root of the product with scipy.linalg.sqrtm; symmetric eigenvalues are faster, and real.
     """
+    if not (cov_x.isfinite().all() and cov_y.isfinite().all()):
+        return None
     value, vector = torch.linalg.eigh(cov_x)
     root = (vector * value.clamp(min=0).sqrt()) @ vector.T
     cross = torch.linalg.eigvalsh(root @ cov_y @ root).clamp(min=0).sqrt().sum()
@@ -131,12 +135,12 @@ def inception_metrics(images, reference, metrics=None, device="cpu", weights=Non
         result["fid"] = frechet(*moments(x), *(known or moments(y)))
     if "isc" in metrics:
         result["isc"] = isc_features_to_metric(logits, splits=min(10, len(x)))["inception_score_mean"]
-    if "kid" in metrics:
-        size = min(1000, len(x), len(y))
+    size = min(1000, len(x), 0 if y is None else len(y))
+    if "kid" in metrics and size > 1:
         result["kid"] = kid_features_to_metric(x, y, kid_subset_size=size, verbose=False)["kernel_inception_distance_mean"]
-    if {"precision", "recall"} & set(metrics):
+    if {"precision", "recall"} & set(metrics) and size > 3:       # it looks for the third-nearest neighbour
         result |= prc_features_to_metric(x.to(device), y.to(device), save_cpu_ram=True, verbose=False)
-    return {m: result[m] for m in metrics}
+    return {m: result.get(m) for m in metrics}                    # None: too few images to tell
 
 
 def fixed_features(x):

@@ -19,9 +19,14 @@ def density(x, size=256, extent=1.2):
 
 
 def tile(x, columns, scale=4):
-    """Images (N, C, H, W) in [-1, 1], or points (N, 2), -> one picture (3, H', W') in [0, 1]; of latents, three channels."""
+    """Images (N, C, H, W) in [-1, 1], or points (N, 2), -> one picture (3, H', W') in [0, 1]; of latents, three channels.
+
+    Two channels are shown as red and green.
+    """
     if x.ndim == 2:
         return density(x)
+    if x.shape[1] == 2:
+        x = F.pad(x, (0, 0, 0, 0, 0, 1), value=-1.0)
     from torchvision.utils import make_grid                       # not at the top: half the time that --help takes
 
     grid = make_grid((x[:, :3].detach().float().cpu().clamp(-1, 1) + 1) / 2, columns, padding=1, pad_value=0.5)
@@ -47,10 +52,10 @@ def score_grid(rows, scale=4):
 def labelled(picture, rows, columns, left=64, top=20):
     """picture (3, H, W) in [0, 1] -> (3, top + H, left + W): a name beside each of its rows, one above each of its columns."""
     from PIL import ImageDraw
-    from torchvision.transforms.functional import to_pil_image, to_tensor
+    from torchvision.transforms.functional import to_tensor
 
     height, width = picture.shape[1] / len(rows), picture.shape[2] / len(columns)
-    image = to_pil_image(F.pad(picture, (left, 0, top, 0), value=1.0))
+    image = to_pil(F.pad(picture, (left, 0, top, 0), value=1.0))
     draw = ImageDraw.Draw(image)
     for i, name in enumerate(rows):
         draw.text((4, top + (i + 0.5) * height - 6), name, "black")
@@ -61,10 +66,15 @@ def labelled(picture, rows, columns, left=64, top=20):
 
 def save_picture(path, *panels):
     """Write (3, H, W) panels side by side, a white gap between them."""
-    from torchvision.transforms.functional import to_pil_image
-
     gap = torch.ones(3, panels[0].shape[1], 12)
     wide = torch.cat([p for panel in panels for p in (panel, gap)][:-1], 2)
     buffer = io.BytesIO()
-    to_pil_image(wide).save(buffer, "PNG")
+    to_pil(wide).save(buffer, "PNG")
     write_atomic(path, buffer.getvalue())
+
+
+def to_pil(picture):
+    """A PIL image of (3, H, W) in [0, 1], rounded to the nearest of 256 levels; torchvision would cut."""
+    from PIL import Image
+
+    return Image.fromarray((picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())

@@ -9,18 +9,17 @@ stay near the teacher's. Colours are quantities, line styles are runs.
 
 import importlib.util
 import io
-import json
 import textwrap
 from pathlib import Path
 
-from nano_dmd.checkpoint import UserError, command, write_atomic
+from nano_dmd.checkpoint import UserError, command, parse_json, read_lines, write_atomic
 from nano_dmd.diagnostics import LEVELS
 from nano_dmd.presets import parser
+from nano_dmd.schema import mismatch
 
 MISSING = 'pictures need matplotlib: pip install -e ".[tutorials]"'
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")          # safe for colour-blind readers
 STYLES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))                              # one per run
-NEEDED = {"step", "x_mean", "x_std", "spread", "mesm", "fake_loss", "grad", "by_sigma"}
 BINS = [f"< {LEVELS[0]:g}", *[f"{a:g} to {b:g}" for a, b in zip(LEVELS, LEVELS[1:])], f"> {LEVELS[-1]:g}"]
 
 
@@ -38,9 +37,13 @@ def figure(rows, columns, width, height):
     return fig, fig.subplots(rows, columns, squeeze=False)
 
 
+FORMATS = (".png", ".pdf", ".svg", ".jpg")
+
+
 def save_figure(fig, path):
+    """Write a figure in the format that the name of the file says."""
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="png")
+    fig.savefig(buffer, format=Path(path).suffix.lower()[1:])
     write_atomic(path, buffer.getvalue())
 
 
@@ -51,7 +54,7 @@ def comparison(result, metrics):
     for ax, metric in zip(axes[0], metrics):
         mean, spread = zip(*(result[row][metric] for row in rows))
         ax.errorbar(mean, range(len(rows)), xerr=spread, fmt="o", color=COLOURS[1], capsize=3)
-        if metric in result.get("teacher", {}):
+        if result.get("teacher", {}).get(metric, (None,))[0] is not None:
             ax.axvline(result["teacher"][metric][0], color=COLOURS[2], ls="--", label="teacher")
             ax.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)     # above: hides no dot
         ax.set(xlabel=metric, yticks=range(len(rows)), ylim=(len(rows) - 0.5, -0.5), yticklabels=[""] * len(rows))
@@ -60,26 +63,30 @@ def comparison(result, metrics):
     return fig
 
 
+NUMBER = (float, None)
+LOG = dict(step=int, x_mean=NUMBER, x_std=NUMBER, spread=NUMBER, mesm=[NUMBER] * len(LEVELS), fake_loss=[NUMBER] * len(LEVELS),
+           grad={str: NUMBER}, by_sigma={str: [NUMBER] * len(BINS)})
+
+
 def read_log(folder):
     """The lines of folder/log.jsonl as dicts.  raises UserError if there is none to draw."""
     path = Path(folder) / "log.jsonl"
     if not path.is_file():
         raise UserError(f"no log.jsonl in {folder}; is this a run folder?")
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        missing = {key for line in lines for key in NEEDED - set(line)}
-    except (UnicodeDecodeError, TypeError, json.JSONDecodeError) as e:
-        raise UserError(f"{path} is damaged ({e}); cut it back to its whole lines") from e
+    lines = [parse_json(line, f"{path}, line {i}: it is damaged, cut the file back to its whole lines")
+             for i, line in read_lines(path)]
     if not lines:
         raise UserError(f"{path} is empty; wait for the first --log_every steps of the run")
-    if missing:
-        raise UserError(f"{path} has no {', '.join(sorted(missing))}; it is not a log of this version")
+    for i, line in enumerate(lines, 1):
+        problem = mismatch(line, LOG) or mismatch({k: v for k, v in line.items() if k in losses([line])}, {str: NUMBER})
+        if problem := problem or mismatch(line.get("teacher", {}), {str: NUMBER}):
+            raise UserError(f"{path} is no log of this version, or damaged in line {i}: {problem}")
     return lines
 
 
 def losses(lines):
     """Names of the training losses in a log, in order of first appearance."""
-    return [k for k in lines[0] if k.endswith("_loss") and k != "fake_loss"]
+    return [k for k in lines[0] if k.endswith("_loss") and k not in LOG]
 
 
 def colour_of(logs):
@@ -125,7 +132,7 @@ def plot_gradients(ax, logs):
     colours = colour_of(logs)
     for lines, style in zip(logs, STYLES):
         for name in lines[0]["grad"]:
-            curve(ax, lines, lambda r: r["grad"][name], style, colours[name], name)
+            curve(ax, lines, lambda r: r["grad"].get(name), style, colours.get(name, "k"), name)
     log_scale(ax)
     ax.set_ylabel("rms gradient x number of elements")
 
@@ -145,7 +152,7 @@ def plot_losses(ax, logs):
     colours = colour_of(logs)
     for lines, style in zip(logs, STYLES):
         for name in losses(lines):
-            curve(ax, lines, lambda r: r[name], style, colours[name], name)
+            curve(ax, lines, lambda r: r.get(name), style, colours[name], name)
     ax.set_yscale("symlog", linthresh=1e-3)
     ax.set_ylabel("loss, unweighted")
 
@@ -156,7 +163,7 @@ def plot_bins(ax, logs):
     for lines, style in zip(logs, STYLES):
         for name, values in lines[-1]["by_sigma"].items():
             shown = [(i, v) for i, v in enumerate(values) if v is not None]
-            ax.plot(*zip(*shown), ls=style, marker="o", ms=4, color=colours[name], label=name)
+            ax.plot(*zip(*shown), ls=style, marker="o", ms=4, color=colours.get(name, "k"), label=name)
     ax.set_yscale("symlog", linthresh=1e-3)
     ax.set_xticks(range(len(BINS)), BINS, rotation=20)
     ax.set(xlabel="sigma", ylabel="loss, unweighted")
@@ -208,8 +215,11 @@ def plot_run(folder):
 def main(argv=None):
     p = parser("python -m nano_dmd.plot", __doc__)
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folders, at most five")
-    p.add_argument("--out", default="", help="picture to write; empty = diagnostics.png, in RUN if there is only one")
+    p.add_argument("--out", default="",
+                   help="picture to write (.png, .pdf, .svg, .jpg); empty = diagnostics.png, in RUN if there is only one")
     args = p.parse_args(argv)
+    if args.out and not args.out.lower().endswith(FORMATS):
+        raise UserError(f"--out {args.out}: the name must end in {', '.join(FORMATS)}")
     path = args.out or (Path(args.runs[0]) / "diagnostics.png" if len(args.runs) == 1 else "diagnostics.png")
     save_figure(diagnostics(args.runs), path)
     print(f"diagnostics of {', '.join(args.runs)} in {path}")

@@ -14,7 +14,7 @@ from nano_dmd import pictures
 from nano_dmd.assemble import find_prompts, is_latent, pick_device
 from nano_dmd.checkpoint import UserError, command, write_atomic
 from nano_dmd.evaluate import in_batches, load_run
-from nano_dmd.presets import parser
+from nano_dmd.presets import number, parser
 from nano_dmd.stable_diffusion import Prompts
 
 
@@ -25,6 +25,8 @@ def sample(folder, n, label=None, seed=0, device="cpu", prompt=None):
     """
     cfg, teacher, generator = load_run(folder, device)
     if is_latent(teacher):
+        if label is not None:
+            raise UserError(f"--class {label}: {folder} is a student of Stable Diffusion, which has no classes; give --prompt")
         return sample_text(cfg, teacher, generator, n, seed, device, prompt)
     if prompt is not None:
         raise UserError(f"--prompt: {folder} is no student of Stable Diffusion; it takes --class or nothing")
@@ -50,19 +52,19 @@ def sample_text(cfg, teacher, generator, n, seed, device, prompt=None):
 def main(argv=None):
     p = parser("python -m nano_dmd.sample", __doc__)
     p.add_argument("run", help="a run folder")
-    p.add_argument("--n", type=int, default=64, help="number of samples")
+    p.add_argument("--n", type=number(1, 10**7), default=64, help="number of samples")
     p.add_argument("--out", default="samples.png", help=".png for people, .npy for numbers (float32, images in [-1, 1])")
-    p.add_argument("--class", dest="label", type=int, help="one class instead of all in turn")
+    p.add_argument("--class", dest="label", type=number(0, 10**6), help="one class instead of all in turn")
     p.add_argument("--prompt", help="what to paint, for students of Stable Diffusion (default: the prompts it was trained on)")
-    p.add_argument("--seed", type=int, default=0, help="same seed, same samples")
+    p.add_argument("--seed", type=number(0, 2**63 - 1), default=0, help="same seed, same samples")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda")
     args = p.parse_args(argv)
     kind = Path(args.out).suffix
     if kind not in (".png", ".npy"):
         raise UserError(f"--out {args.out}: the name must end in .png or .npy")
-    if args.n < 1:
-        raise UserError(f"--n must be at least 1, got {args.n}")
     x = sample(args.run, args.n, args.label, args.seed, pick_device(args.device), args.prompt)
+    if not x.isfinite().all():
+        raise UserError(f"{args.run} makes samples that are not finite: its weights are damaged, or its training went astray")
     if kind == ".png":
         pictures.save_picture(args.out, pictures.tile(x, min(10, args.n), scale=1 if x.shape[-1] > 64 else 4))
     else:

@@ -13,6 +13,7 @@ import torch
 from nano_dmd import fid
 from nano_dmd.checkpoint import UserError, first_line
 from nano_dmd.data import image_files, middle_square
+from nano_dmd.pictures import to_pil
 
 CLIP = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
 PREFIX = "A photo depicts "
@@ -20,9 +21,7 @@ PREFIX = "A photo depicts "
 
 def pil_images(images):
     """PIL images of (B, 3, H, W) in [-1, 1]."""
-    from torchvision.transforms.functional import to_pil_image
-
-    return [to_pil_image(x) for x in (images.cpu() + 1) / 2]
+    return [to_pil(x) for x in (images.float().cpu() + 1) / 2]
 
 
 def squares(images, side=256):

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
-from nano_dmd import evaluate, hub, pictures, sample, train, zoo
+from nano_dmd import evaluate, hub, pictures, sample, tracking, train, zoo
 from nano_dmd.checkpoint import UserError, load_tensors, read_json
 from nano_dmd.dmd_loss import dmd_gradient
 from nano_dmd.edm_networks import edm_network
@@ -252,8 +252,8 @@ def test_tensorboard_gets_the_numbers_of_the_log(flags, tmp_path, monkeypatch, q
     sent = []
 
     class SummaryWriter:
-        def __init__(self, folder):
-            assert folder == tmp_path / "run" / "tensorboard"
+        def __init__(self, folder, purge_step):
+            assert purge_step == 1 and folder == tmp_path / "run" / "tensorboard"
 
         def add_scalar(self, name, value, step):
             sent.append((step, name, value))
@@ -270,9 +270,39 @@ def test_tensorboard_gets_the_numbers_of_the_log(flags, tmp_path, monkeypatch, q
 def test_wandb_gets_the_numbers_of_the_log(flags, tmp_path, monkeypatch, quick):
     sent = []
     run = types.SimpleNamespace(log=lambda record, step: sent.append((step, record)))
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **k: run))
+    begun = []
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **k: begun.append(k) or run))
     train.main([*flags, "--log_to", "wandb"])
     assert [step for step, _ in sent] == [2, 4] and "grad/dmd_loss" in sent[0][1]
+    train.main(["--resume", "--out", str(tmp_path / "run")])      # the same run there
+    assert begun[0]["id"] == begun[1]["id"] and begun[1]["resume"] == "allow" and len(begun[0]["id"]) == 16
+    assert tracking.run_id(tmp_path / "run", 0) != begun[0]["id"]                     # a new run in an old folder is another
+
+
+def test_tensorboard_after_a_resume_begins_behind_the_checkpoint(flags, tmp_path, monkeypatch, quick):
+    """Killed after the checkpoint of step 2, resumed: what was sent after it is dropped there (purge_step) and sent again."""
+    begun = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            begun.append(purge_step)
+
+        add_scalar = flush = lambda self, *args: None
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    step, real = [], train.train_step
+
+    def killed(*args):
+        step.append(1)
+        if len(step) == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(train, "train_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*flags, "--log_to", "tensorboard", "--save_every", "2"])
+    train.main(["--resume", "--out", str(tmp_path / "run")])
+    assert begun == [1, 3]
 
 
 def test_a_missing_tracker_is_a_sentence(flags, monkeypatch, quick):

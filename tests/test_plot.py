@@ -101,7 +101,9 @@ def test_one_line_and_no_critic_is_enough(run):
 
 
 @pytest.mark.parametrize("text, says", [(None, "is this a run folder?"), ("", "is empty"), ('{"step": 1', "is damaged"),
-                                        ("3\n", "is damaged"), ('{"step": 1}\n', "it is not a log of this version")])
+                                        ("3\n", "damaged in line 1: it is 3, not a table"),
+                                        ('{"step": 1}\n', "it has no x_mean"), ("[" * 10**5, "is damaged"),
+                                        ('{"step": %s}' % ("1" * 5000), "is damaged")])
 def test_bad_logs_are_one_sentence(text, says, run, capsys):
     if text is None:
         (run / "log.jsonl").unlink()

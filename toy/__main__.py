@@ -8,7 +8,6 @@ samples.gif  the students' samples while they train
 """
 
 import math
-import shlex
 from pathlib import Path
 
 import torch
@@ -16,10 +15,10 @@ from tqdm import tqdm
 
 from nano_dmd.assemble import pick_device, use_threads
 from nano_dmd.checkpoint import UserError, command
-from nano_dmd.compare import as_text, compare, folder_name
+from nano_dmd.compare import as_text, compare, folder_names, parse_row
 from nano_dmd.evaluate import load_run
 from nano_dmd.plot import MISSING, have_matplotlib, save_figure
-from nano_dmd.presets import METHOD_NAMES, add_config_flags, parser, resolve
+from nano_dmd.presets import METHOD_NAMES, as_number, number, parser, resolve
 from nano_dmd.real_score import score
 from nano_dmd.teacher import heun
 from nano_dmd.train import prepare, set_learning_rates, train_step
@@ -36,9 +35,7 @@ EARLY = 60                                                        # updates befo
 
 def config(row):
     """The Config behind a row of compare, "method --flag value ...", or a UserError."""
-    p = parser("python -m toy", "")
-    add_config_flags(p)
-    return resolve(vars(p.parse_args(["--preset", "toy", "--method", *shlex.split(row)])))
+    return resolve(parse_row("toy", row))
 
 
 def watch(cfg, moments):
@@ -108,7 +105,7 @@ def draw_movie(path, target, configs, n=1500):
 def noise_levels(text):
     """'0.1,0.3' -> [0.1, 0.3], all finite and positive."""
     try:
-        values = [float(v) for v in text.split(",")]
+        values = [as_number(v.strip(), float) for v in text.split(",")]
     except ValueError:
         values = [0.0]
     if not all(0 < v < math.inf for v in values):
@@ -120,11 +117,11 @@ def rows(args):
     """{method: its row of compare} and the flags they share; raises UserError for the first value that cannot work."""
     if args.target not in MIXTURES:
         raise UserError(f"no target {args.target!r}: choose from {', '.join(MIXTURES)}")
-    if args.seeds < 1 or args.jobs < 1:
-        raise UserError(f"--seeds and --jobs must be at least 1, got {args.seeds} and {args.jobs}")
+    if "teacher" in parse_row("toy", f"dmd {args.flags}"):
+        raise UserError("--teacher cannot stand in --flags: the teacher is that of --target")
     steps = f"--steps {args.steps}" if args.steps else ""
     flags = " ".join(f"--teacher toy:{args.target} {steps} {args.flags}".split())
-    result = {method: f"{method} {flags}" for method in args.methods.split(",")}
+    result = {method: f"{method} {flags}" for method in map(str.strip, args.methods.split(","))}
     for method, row in result.items():
         if method not in METHOD_NAMES:
             raise UserError(f"no method {method!r}: choose from {', '.join(METHOD_NAMES)}")
@@ -143,17 +140,17 @@ def main(argv=None):
     p = parser("python -m toy", __doc__)
     p.add_argument("--target", default="ring8", help=" | ".join(MIXTURES))
     p.add_argument("--methods", default="dmd,dmd2,sid", help=f"any of {', '.join(METHOD_NAMES)}, comma separated")
-    p.add_argument("--seeds", type=int, default=5, help="runs per method, seeds 0, 1, ...")
-    p.add_argument("--steps", type=int, default=0, help="generator updates of every method; 0 = the preset's")
+    p.add_argument("--seeds", type=number(1, 10**6), default=5, help="runs per method, seeds 0, 1, ...")
+    p.add_argument("--steps", type=number(0, 10**9), default=0, help="generator updates of every method; 0 = the preset's")
     p.add_argument("--flags", default="", help='more flags of nano_dmd.train for every method: --flags="--batch 256"')
-    p.add_argument("--jobs", type=int, default=1, help="runs side by side, each in its own process")
+    p.add_argument("--jobs", type=number(1, 1000), default=1, help="runs side by side, each in its own process")
     p.add_argument("--sigma", default="0.1,0.3,1", help="noise levels of field.png, comma separated, data units")
     p.add_argument("--out", default="", help="folder of runs, table and pictures; empty = runs/toy-TARGET")
     p.add_argument("--no-pictures", action="store_true", help="the table alone")
     args = p.parse_args(argv)
     (row, flags), sigmas, out = rows(args), noise_levels(args.sigma), Path(args.out or f"runs/toy-{args.target}")
     print(f"{', '.join(row)}: {args.seeds} seeds each, in {out}/; runs that are there already are kept", flush=True)
-    result = compare("toy", list(row.values()), args.seeds, out, args.jobs)
+    names, result = folder_names(row.values()), compare("toy", list(row.values()), args.seeds, out, args.jobs)
     result = {method: result[row[method]] for method in row} | {"teacher": result["teacher"]}
     print(table(result, args.seeds), flush=True)
     if args.no_pictures:
@@ -161,7 +158,7 @@ def main(argv=None):
     if not have_matplotlib():
         print(MISSING)
         return
-    draw_samples(out / "samples.png", args.target, {m: out / folder_name(r) / "0" for m, r in row.items()}, result)
+    draw_samples(out / "samples.png", args.target, {m: out / names[r] / "0" for m, r in row.items()}, result)
     draw_field(out / "field.png", config(f"dmd2 {flags}"), sigmas)
     draw_movie(out / "samples.gif", args.target, {m: config(r) for m, r in row.items()})
     print(f"samples.png, field.png and samples.gif are in {out}/")

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from nano_dmd.checkpoint import UserError, command, write_json
-from nano_dmd.presets import parser
+from nano_dmd.presets import number, parser
 from tutorials.assignments.checking import PUBLIC_SEED
 from tutorials.assignments.isolated import assignment, run_task
 from tutorials.assignments.stubs import NAMES
@@ -57,11 +57,13 @@ def main(argv=None):
     p = parser("python -m tutorials.grade", __doc__)
     p.add_argument("folder", metavar="DIR")
     p.add_argument("--assignments", default="", help="a1,a3 for example; a missing file scores 0 (default: all files in DIR)")
-    p.add_argument("--seed", type=int, default=PUBLIC_SEED, help="of the constants; 0 is public, choose another and keep it")
+    p.add_argument("--seed", type=number(0, 2**63 - 1), default=PUBLIC_SEED, help="of the constants; 0 is public, choose another and keep it")
     p.add_argument("--out", help="write results.json there, for Gradescope")
     p.add_argument("--terse", action="store_true", help="results.json does not say what failed")
     args = p.parse_args(argv)
-    names = [n for n in args.assignments.split(",") if n]
+    names = list(dict.fromkeys(n.strip() for n in args.assignments.split(",") if n.strip()))
+    if args.out is not None and not args.out.endswith(".json"):
+        raise UserError(f"--out {args.out!r}: give a name that ends in .json")
     files, start = find(args.folder, names or NAMES), time.perf_counter()
     if not files and not names:
         raise UserError(f"nothing to grade in {args.folder}: no {', '.join(f'{n}.py' for n in NAMES)}")
