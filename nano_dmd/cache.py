@@ -1,7 +1,7 @@
 """What was made once and is kept: trained teachers, noise-image pairs, decoded images, embeddings, latents.
 
     python -m nano_dmd.cache                     what there is, how large, and what it was made of
-    python -m nano_dmd.cache --clear             delete it all; it will be made again when it is needed
+    python -m nano_dmd.cache --clear             delete all but downloads; it will be made again when it is needed
     python -m nano_dmd.cache --clear text pairs  delete the entries whose names begin so
 
 An entry is NAME-KEY, and KEY is a digest of everything the entry depends on: no name that could mean something else
@@ -74,11 +74,13 @@ def cached(name, made_of, make, suffix="", parts=("",)):
     slower leaves its own away.  made_of  what the entry depends on, all of it
     """
     path = cache_dir() / f"{name}-{digest(made_of)}{suffix}"
+    begun = path.exists()                                         # asked first: an entry that appears now is whole
     if all((path / part).exists() for part in parts):
         return path
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        delete(path)                                              # what is left of one that lost a part
+        if begun:                                                 # somebody deleted a part of it
+            delete(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         make(new)
         write_json(made_file(path), made_of)
@@ -98,6 +100,7 @@ def delete(path):
 
 
 def made_file(path):
+    """What the entry at path was made of, in JSON."""
     return path.with_name(path.name.partition(".")[0] + ".made.json")
 
 
@@ -111,6 +114,11 @@ def entries():
             size = sum(p.stat().st_size for p in files)
             found.append((path, size, time.time() - path.stat().st_mtime, made))
     return sorted(found, key=lambda entry: -entry[1])
+
+
+def downloaded(path):
+    """Whether an entry came from elsewhere, perhaps by hand: it is deleted by its name alone."""
+    return path.name == "cifar10" or path.name.endswith((".pkl", ".pkl.json"))
 
 
 def remove(path):
@@ -127,10 +135,11 @@ def main(argv=None):
     p.add_argument("--clear", nargs="*", metavar="NAME", help="delete the entries whose names begin so; all without a name")
     args = p.parse_args(argv)
     found, total = entries(), 0
-    if args.clear:
-        found = [entry for entry in found if entry[0].name.lstrip(".").startswith(tuple(args.clear))]
-        if not found:
-            raise UserError(f"nothing in {cache_dir()} begins with {' or '.join(args.clear)}: see python -m nano_dmd.cache")
+    if args.clear is not None:
+        named = tuple(args.clear)
+        found = [entry for entry in found if (entry[0].name.lstrip(".").startswith(named) if named else not downloaded(entry[0]))]
+    if args.clear and not found:
+        raise UserError(f"nothing in {cache_dir()} begins with {' or '.join(args.clear)}: see python -m nano_dmd.cache")
     for path, size, age, made in found:
         total += size
         if args.clear is not None:

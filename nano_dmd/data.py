@@ -220,8 +220,12 @@ def labels_of_folders(path, images, names):
     if lost:
         raise UserError(f"{path} holds {len(lost)} images ({lost[0]}) beside folders of images ({min(folders)}): put each image "
                         "into the folder of its class, or all into one folder")
-    if empty := sorted(f for f in folders if not any(n.startswith(f + "/") for n in images)):
-        raise UserError(f"no images in {path / empty[0]}: every folder in {path} should hold those of one class, {IMAGES}")
+    for folder in sorted(folders):
+        inside = [n for n in images if n.startswith(folder + "/")]
+        if not any(n.count("/") == 1 for n in inside):            # train/cat/1.png: a class "train" is not meant
+            deeper = f", but {inside[0]} (give the folder whose folders are the classes)" if inside else ""
+            raise UserError(f"no images in {path / folder}{deeper}: every folder in {path} should hold those of one class, "
+                            f"{IMAGES} files")
     numeric = all(re.fullmatch(r"\d{1,9}", f, re.ASCII) for f in folders)
     order = {f: i for i, f in enumerate(sorted(folders, key=lambda f: (int(f), f) if numeric else f))}
     if numeric and [int(f) for f in order] != list(order.values()):

@@ -320,7 +320,7 @@ def number(low, high, kind=int):
 
 
 def text(value):
-    """The type of every other argument."""
+    """The type of every other argument: text that can be saved and can stand in a path."""
     if problem := unwritable_text(value):
         raise argparse.ArgumentTypeError(problem)
     return value

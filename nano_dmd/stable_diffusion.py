@@ -81,7 +81,8 @@ def load(name, device):
     sigma_data = {"epsilon": float("inf"), "v_prediction": 1.0}[kind]
     shape = (4, *2 * [hub.square(unet.config.sample_size)])
     place = os.path.abspath(name) if os.path.isdir(name) else name
-    recipe = dict(network="stable_diffusion", source=place, shape=list(shape), classes=0, data="", seconds=0, cpu_seconds=0)
+    recipe = dict(network="stable_diffusion", source=place, shape=list(shape), classes=0, data="", seconds=0, cpu_seconds=0,
+                  version=name if name in RANDOM else hub.version(name))
     return Teacher(denoiser, shape, 0, sigma_data, "", denoiser.requires_grad_(False).eval(), recipe,
                    (sigmas[0].item(), sigmas[-1].item()), decode)
 

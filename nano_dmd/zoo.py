@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from nano_dmd.cache import cached
-from nano_dmd.checkpoint import UserError, load_tensors, load_weights, read_bytes, read_json, save_tensors, write_json
+from nano_dmd.checkpoint import UserError, load_tensors, load_weights, note, read_bytes, read_json, save_tensors, write_json
 from nano_dmd.data import MOST_CLASSES, identity, load_data
 from nano_dmd.networks import MLP, UNet
 from nano_dmd.noise import forked
@@ -175,7 +175,10 @@ def find(name, device, steps, seed, data, show, compile):
     if source := stable_diffusion_of(name):
         from nano_dmd.stable_diffusion import load
 
-        return load(source, device)
+        teacher, before = load(source, device), {} if source == name else read_json(Path(name) / "teacher.json")
+        if before.get("version", "") not in ("", teacher.recipe["version"]):
+            note(f"{source} is not as it was when {name} was made: its files were changed, or copied")
+        return teacher
     if name in RECIPES and name != "toy":
         recipe = dict(RECIPES[name], **({"steps": steps} if steps else {}))
         net, recipe = fit_or_load(name, recipe["data"] or data or "cifar10", recipe, device, seed, show, compile)

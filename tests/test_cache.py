@@ -229,7 +229,10 @@ def test_the_cache_can_be_seen_and_cleared(tmp_path, capsys):
     assert "1.0 MiB" in lines[0] and '"model": "sd"' in lines[0] and "imgs" in lines[1] and len(lines) == 4
     cache.main(["--clear", "text"])
     assert [p.name[:5] for p in sorted(cache_dir().iterdir())] == ["data-", "data-"]
+    (cache_dir() / "edm.pkl").write_bytes(b"a download")
     cache.main(["--clear"])
+    assert [p.name for p in cache_dir().iterdir()] == ["edm.pkl"]
+    cache.main(["--clear", "edm"])
     assert list(cache_dir().iterdir()) == [] and "deleted" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         command(lambda: cache.main(["--clear", "nope"]))

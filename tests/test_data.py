@@ -197,6 +197,9 @@ WRONG = {
     "no images": (lambda p: [f.unlink() for f in p.iterdir()], "no images in .*x: it should hold .png"),
     "no images in a class": (lambda p: [(p / "cat").mkdir(), (p / "dog").mkdir(), *(f.rename(p / "dog" / f.name) for f in
                                         p.glob("*.png"))], "no images in .*x/cat: every folder in .*should"),
+    "splits in place of classes": (lambda p: [(p / "train" / "cat").mkdir(parents=True), *(f.rename(p / "train" / "cat" / f.name)
+                                              for f in p.glob("*.png"))],
+                                              "no images in .*x/train, but train/cat/00.png .give the"),
     "images beside classes": (lambda p: [(p / "dog").mkdir(), (p / "09.png").rename(p / "dog" / "09.png")],
                               r"x holds 9 images \(00.png\) beside folders of images \(dog\)"),
     "a link to nothing": (lambda p: (p / "a.png").symlink_to("/nowhere/a.png"), "cannot look at .*a.png: No such file.*link"),

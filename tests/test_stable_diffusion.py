@@ -867,3 +867,16 @@ def test_a_square_as_a_pair_is_a_square(sd, tmp_path):
     shutil.copytree(sd, tmp_path / "sd")
     spoil(tmp_path / "sd" / "unet", "sample_size", [8, 8])
     assert load_teacher(str(tmp_path / "sd")).shape == (4, 8, 8)
+
+
+def test_a_run_knows_when_its_pipeline_changed(sd, prompts, tmp_path, fast, capsys):
+    """A student of LoRA weights on another base would be another student: a word is said."""
+    shutil.copytree(sd, tmp_path / "sd")
+    run = str(tmp_path / "run")
+    train.main(["--preset", "sd15-dmd2", "--teacher", str(tmp_path / "sd"), "--prompts", prompts, *RUN, "--out", run])
+    load_teacher(run)
+    assert "is not as it was" not in capsys.readouterr().err
+    file = tmp_path / "sd" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({k: 2 * v for k, v in load_file(file).items()}, file, {"format": "pt"})
+    load_teacher(run)
+    assert f"sd is not as it was when {run} was made" in capsys.readouterr().err

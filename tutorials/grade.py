@@ -57,7 +57,8 @@ def main(argv=None):
     p = parser("python -m tutorials.grade", __doc__)
     p.add_argument("folder", metavar="DIR")
     p.add_argument("--assignments", default="", help="a1,a3 for example; a missing file scores 0 (default: all files in DIR)")
-    p.add_argument("--seed", type=number(0, 2**63 - 1), default=PUBLIC_SEED, help="of the constants; 0 is public, choose another and keep it")
+    p.add_argument("--seed", type=number(0, 2**63 - 1), default=PUBLIC_SEED,
+                   help="of the constants; 0 is public, choose another and keep it")
     p.add_argument("--out", help="write results.json there, for Gradescope")
     p.add_argument("--terse", action="store_true", help="results.json does not say what failed")
     args = p.parse_args(argv)
