@@ -137,7 +137,7 @@ def open_image(source, grey=False):
     no_colour = image.mode[0] in "1LI"                            # bits, bytes, 16 bits
     if image.mode[0] == "I":                                      # PIL's own conversion cuts at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
+    if {"A", "a"} & set(image.getbands()) or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("L" if grey and no_colour else "RGB")
