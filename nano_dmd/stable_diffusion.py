@@ -123,7 +123,7 @@ def decoder(vae, device):
     """decode(latents) -> images in [-1, 1] on the CPU, a few at a time; the VAE visits the device only while it works."""
     channels, shift = vae.config.latent_channels, vae.config.get("shift_factor")
     if channels != 4 or shift:
-        raise UserError(f"the vae has {channels} latent channels and shift_factor {shift}: it is not the one of Stable Diffusion 1 or 2")
+        raise UserError(f"the vae has {channels} latent channels and shift_factor {shift}: it is not Stable Diffusion's")
     vae.requires_grad_(False).eval()
 
     @torch.no_grad()
