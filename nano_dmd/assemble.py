@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from nano_dmd import pictures
-from nano_dmd.cache import cached, digest
+from nano_dmd.cache import cached, digest, sources
 from nano_dmd.checkpoint import (UserError, first_line, load_checkpoint, load_tensors, load_weights, note, own_state,
                                  save_tensors)
 from nano_dmd.data import load_data, look_up, resident
@@ -73,7 +73,7 @@ def use_threads(count, device):
     each other, and with one core busy elsewhere two of them took 3 times as long as one (LOG.md)."""
     if count:
         torch.set_num_threads(count)
-    threads, cores = torch.get_num_threads(), os.cpu_count()
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
     load = 0.0
     with suppress(AttributeError, OSError):                       # Windows has none
         load = os.getloadavg()[0]
@@ -82,13 +82,21 @@ def use_threads(count, device):
               file=sys.stderr, flush=True)
 
 
-def find_teacher(cfg, device):
-    """The Teacher, with a network to start students from: an exact mixture gets one fitted to it."""
+def find_teacher(cfg, device, resumed=""):
+    """The Teacher, with a network to start students from: an exact mixture gets one fitted to it.
+
+    resumed  the folder of a run, whose teacher it is then, whatever became of the data it was trained on
+    """
+    if resumed:
+        teacher = load_teacher(str(resumed), device)
+        return teacher._replace(denoiser=load_data(cfg.teacher, device)) if cfg.teacher.startswith("toy:") else teacher
     teacher = load_teacher(cfg.teacher, device, cfg.teacher_steps, cfg.teacher_seed, cfg.data, compile=cfg.compile)
     if teacher.net is None:
+        check_guidance(cfg, teacher.classes, RECIPES["toy"])
         steps = {"steps": cfg.teacher_steps} if cfg.teacher_steps else {}
         net, recipe = fit_or_load(cfg.teacher, cfg.teacher, RECIPES["toy"] | steps, device, cfg.teacher_seed, compile=cfg.compile)
         teacher = teacher._replace(net=net, recipe=recipe)
+    check_guidance(cfg, teacher.classes, teacher.recipe)
     return teacher
 
 
@@ -127,19 +135,23 @@ def find_prompts(cfg, teacher):
 
     if not cfg.prompts:
         raise UserError(f"{cfg.teacher} listens to text: give a file with one prompt to a line, --prompts FILE")
-    return read_prompts(teacher.recipe["source"], cfg.prompts)
+    prompts, shape = read_prompts(teacher.recipe["source"], cfg.prompts), teacher.net.net.empty.shape[1:]
+    if prompts.table.shape[1:] != shape:
+        raise UserError(f"the embeddings in the cache are {prompts.table.shape[1:]} each, not {tuple(shape)}: "
+                        "python -m nano_dmd.cache --clear text")
+    return prompts
 
 
-def check_guidance(cfg, teacher):
+def check_guidance(cfg, classes, recipe):
     """Guidance and dropped labels need a teacher that can be asked without a class.  raises UserError where it cannot; says so
     where it can, but was never taught to."""
     asked = [n for n in ("guidance", "fake_guidance", "critic_dropout") if getattr(cfg, n) != getattr(Config, n)]
-    if not asked or is_latent(teacher):
+    if not asked or "source" in recipe:                           # a pipeline with text knows the empty prompt
         return
-    if not teacher.classes or teacher.recipe["network"] == "diffusers":
+    if not classes or recipe["network"] == "diffusers":
         raise UserError(f"--{asked[0]} {getattr(cfg, asked[0])} needs a teacher that knows classes and can be asked without one: "
-                        f"{cfg.teacher} {'must be told a class' if teacher.classes else 'has no classes'}; leave it out")
-    if not teacher.recipe.get("label_dropout"):
+                        f"{cfg.teacher} {'must be told a class' if classes else 'has no classes'}; leave it out")
+    if not recipe.get("label_dropout"):
         note(f"{cfg.teacher} was not trained here to be asked without a class, so what --{asked[0]} compares with may be poor")
 
 
@@ -150,7 +162,7 @@ def cached_pairs(cfg, teacher, device, prompts=None):
     """
     kinds = len(prompts) if prompts else teacher.classes
     made_of = dict(pairs=cfg.pairs, steps=cfg.pair_steps, sigma_min=teacher.sigmas[0], sigma_max=cfg.pair_sigma, kinds=kinds,
-                   shape=teacher.shape, teacher=cfg.teacher, **teacher_digest(cfg, teacher, prompts))
+                   shape=teacher.shape, teacher=cfg.teacher, guidance=cfg.guidance, **teacher_digest(cfg, teacher, prompts))
 
     def make(path):
         rng = torch.Generator().manual_seed(0)
@@ -175,18 +187,19 @@ def teacher_digest(cfg, teacher, prompts):
         from nano_dmd.stable_diffusion import RANDOM, hub
 
         source = teacher.recipe["source"]
-        return dict(files=source if source in RANDOM else hub.version(source), texts=digest(prompts.texts), guidance=cfg.guidance)
+        return dict(files=source if source in RANDOM else hub.version(source), texts=digest(prompts.texts))
     if teacher.denoiser is teacher.net:
-        return dict(weights=weights_digest(teacher.net), sigma_data=teacher.sigma_data)
+        args = digest([teacher.recipe["network"], teacher.recipe["args"]])
+        return dict(weights=weights_digest(teacher.net), args=args, sigma_data=teacher.sigma_data)
     mixture = load_data(cfg.teacher)
     return dict(mixture=[v.tolist() for v in (mixture.means, mixture.std, mixture.weights)])
 
 
 def guided_by(teacher, cfg, prompts=None):
-    """The teacher as pairs and pictures ask it: guided for text, where cond is the number of a prompt."""
+    """The teacher as pairs and pictures of text ask it: guided; for text cond is the number of a prompt."""
+    real = teacher.denoiser if cfg.guidance == 1 else RealScore(teacher.denoiser, cfg.guidance)
     if not prompts:
-        return teacher.denoiser
-    real = RealScore(teacher.denoiser, cfg.guidance)
+        return real
     return lambda x, sigma, cond: real(x, sigma, prompts[cond].to(x.device))
 
 
@@ -406,7 +419,7 @@ def state(cfg, step, seconds, nets, opts, rng):
     cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
     return dict(config=asdict(cfg), step=step, seconds=list(seconds), nets=whole(modules), processes=PROCESS["count"],
                 rng=[torch.get_rng_state(), cuda, rng.get_state()],
-                opts=whole({name: opt.state_dict() for name, opt in opts.items()}))
+                opts=whole({name: opt.state_dict() for name, opt in opts.items()}), sources=sources(cfg))
 
 
 def restore(saved, cfg, nets, opts, rng, path):
@@ -417,6 +430,9 @@ def restore(saved, cfg, nets, opts, rng, path):
     try:
         if difference := same_run(cfg, Config(**saved["config"])):
             raise ValueError("it is of a run with {} {!r:.40}, not {!r:.40}".format(*(difference[i] for i in (0, 2, 1))))
+        for name, v in sources(cfg).items():
+            if saved.get("sources", {}).get(name, v) != v:
+                note(f"--{name} is not as it was when this run was started: what follows is another run than it would have been")
         if not 0 < saved["step"] <= cfg.steps or saved["processes"] < 1 or not saved["opts"].keys() == opts.keys():
             raise ValueError(f"step {saved['step']} of {cfg.steps}, optimisers {sorted(saved['opts'])}")
         for name in ("fake", "discriminator", "generator", "ema"):

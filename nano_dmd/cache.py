@@ -12,11 +12,10 @@ import hashlib
 import json
 import os
 import secrets
-import shutil
 import time
 
-from nano_dmd.checkpoint import UserError, cache_dir, command, read_json, unwritable, write_json
-from nano_dmd.presets import parser
+from nano_dmd.checkpoint import UserError, cache_dir, command, delete, replace, unwritable, write_json
+from nano_dmd.presets import OWN_NAMES, parser
 
 
 def digest(thing):
@@ -52,7 +51,8 @@ def _give_up(error):
 
 
 def fingerprint(*files):
-    """Ten hex digits that change when one of some files is another one or was written to: names, sizes and times.
+    """Ten hex digits that change when one of some files is another one or was written to: names, sizes and times, also the
+    time of the last change of any kind, since copies may keep the other one.
 
     A folder stands for the files in it.  raises UserError where one cannot be looked at
     """
@@ -61,10 +61,16 @@ def fingerprint(*files):
         for path in map(os.path.abspath, files):
             for file in [os.path.join(path, f) for f in visible_files(path)] if os.path.isdir(path) else [path]:
                 s = os.stat(file)
-                stamps.append((file, s.st_size, s.st_mtime_ns))
+                stamps.append((file, s.st_size, s.st_mtime_ns, s.st_ctime_ns))
     except OSError as e:
         raise UserError(f"cannot look at {e.filename}: {e.strerror}; remove it, if it is a link to something gone") from e
     return digest(stamps)
+
+
+def sources(cfg):
+    """{setting: fingerprint} of what a run reads besides its settings: a folder or file named by --data or --prompts."""
+    return {name: fingerprint(v) for name in ("data", "prompts") if (v := getattr(cfg,
+        name)) and v not in OWN_NAMES and os.path.exists(v)}
 
 
 def cached(name, made_of, make, suffix="", parts=("",)):
@@ -84,19 +90,13 @@ def cached(name, made_of, make, suffix="", parts=("",)):
         path.parent.mkdir(parents=True, exist_ok=True)
         make(new)
         write_json(made_file(path), made_of)
-        os.replace(new, path)
+        replace(new, path)
     except OSError as e:
         if not path.exists():                                     # else another process was faster
             raise unwritable(path, e) from e
     finally:
         delete(new)
     return path
-
-
-def delete(path):
-    """Delete a file or a folder, if it is there."""
-    if path.exists() or path.is_symlink():
-        path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
 
 
 def made_file(path):
@@ -110,7 +110,7 @@ def entries():
     for path in sorted(cache_dir().iterdir()) if cache_dir().is_dir() else []:
         if not path.name.endswith(".made.json"):
             files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
-            made = json.dumps(read_json(made_file(path))) if made_file(path).is_file() else "?"
+            made = " ".join(made_file(path).read_text(errors="replace").split()) if made_file(path).is_file() else "?"
             size = sum(p.stat().st_size for p in files)
             found.append((path, size, time.time() - path.stat().st_mtime, made))
     return sorted(found, key=lambda entry: -entry[1])

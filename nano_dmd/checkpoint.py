@@ -7,8 +7,10 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
+import time
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +29,9 @@ class UserError(Exception):
 
 def command(main):
     """Run a command line's main(): a UserError or a full memory becomes one sentence and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):                       # a console that cannot show a letter of a name
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as e:
@@ -69,7 +74,10 @@ def note(sentence):
 
 def cache_dir():
     """Where trained teachers and noise-image pairs are kept: $NANO_DMD_CACHE, else ~/.cache/nano_dmd."""
-    return Path(os.environ.get("NANO_DMD_CACHE") or Path.home() / ".cache" / "nano_dmd")
+    try:
+        return Path(os.environ.get("NANO_DMD_CACHE") or Path.home() / ".cache" / "nano_dmd")
+    except RuntimeError as e:                                     # a user without one, in some containers
+        raise UserError(f"{e}: say by $NANO_DMD_CACHE where to keep what is made once") from e
 
 
 def write_atomic(path, data: bytes):
@@ -84,10 +92,10 @@ def write_atomic(path, data: bytes):
             with os.fdopen(fd, "wb") as f:
                 f.write(data)
                 f.flush()
-                os.fsync(f.fileno())
+                sync(f.fileno())
             with suppress(OSError):                               # file systems without Unix permissions refuse
                 os.chmod(tmp, 0o666 & ~_umask())
-            os.replace(tmp, path)
+            replace(tmp, path)
         except BaseException:
             Path(tmp).unlink(missing_ok=True)
             raise
@@ -96,14 +104,34 @@ def write_atomic(path, data: bytes):
     sync_folder(path.parent)
 
 
+def sync(handle):
+    """fsync, where the file system knows it: FUSE and network drives may not, and have the file all the same."""
+    try:
+        os.fsync(handle)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+
+
 def sync_folder(folder):
-    """Have the names in a folder on the disk too.  Windows, FUSE and many network drives cannot: the files are there anyway."""
+    """Have the names in a folder on the disk too.  Windows cannot open a folder."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            sync(handle)
         finally:
             os.close(handle)
+
+
+def replace(old, new):
+    """os.replace, again a little later where Windows refuses because a virus scanner or a cloud drive holds the file."""
+    for pause in (0.1, 0.5, None):
+        try:
+            return os.replace(old, new)
+        except PermissionError:
+            if pause is None or os.path.isdir(new):
+                raise
+            time.sleep(pause)
 
 
 def unwritable(path, error):
@@ -139,7 +167,13 @@ def check_writable(folder):
 def remove_leftovers(folder):
     """Delete the temporary files of writes that a kill cut short."""
     for path in Path(folder).rglob(".*.tmp"):
-        path.unlink()
+        delete(path)
+
+
+def delete(path):
+    """Delete a file or a folder, if it is there."""
+    if path.exists() or path.is_symlink():
+        path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
 
 
 def _umask():
@@ -186,14 +220,15 @@ def read_lines(path):
 
     A line ends where an editor ends it: U+2028, which may stand in a caption, is no line break.
     """
-    data = read_bytes(path).removeprefix(b"\xef\xbb\xbf")          # the mark that Windows' Notepad puts first
+    data = read_bytes(path)
     try:
-        lines = re.split("\r\n|\n|\r", data.decode("utf-8"))
+        text = data.decode("utf-8").replace("\ufeff", "")         # the mark that Windows' Notepad puts first
     except UnicodeDecodeError as e:
         number = data.count(b"\n", 0, e.start) + 1
         raise UserError(f"{path}, line {number}, is not UTF-8 text: save the file as UTF-8") from e
-    if "\0" in data.decode("utf-8"):
+    if "\0" in text:
         raise UserError(f"{path} holds zeros and is no UTF-8 text: save the file as UTF-8")
+    lines = re.split("\r\n|\n|\r", text)
     return [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
 
 

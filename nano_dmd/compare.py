@@ -17,7 +17,7 @@ from statistics import mean, stdev
 
 from tqdm import tqdm
 
-from nano_dmd.cache import digest
+from nano_dmd.cache import digest, sources
 from nano_dmd.checkpoint import UserError, command, read_json, write_atomic, write_json
 from nano_dmd.evaluate import table
 from nano_dmd.plot import comparison, have_matplotlib, save_figure
@@ -51,15 +51,18 @@ def run_once(settings, folder):
     raises UserError if folder holds another run, or the run fails
     """
     wanted = resolve(settings | {"out": str(folder)})
-    if (folder / "config.json").exists() and (difference := same_run(read_config(folder), wanted)):
-        name, there, here = difference
-        raise UserError(f"{folder} holds a run with {name} {there}, not {here}: choose another --out, or delete that folder")
+    there = any((folder / name).exists() for name in ("config.json", "checkpoint.pt", "report.json"))
+    if there and (difference := same_run(read_config(folder), wanted)):
+        name, found, asked = difference
+        raise UserError(f"{folder} holds a run with {name} {found}, not {asked}: choose another --out, or delete that folder")
     if not (folder / "report.json").exists():
         flags = ["--resume", "--out", str(folder)] if (folder / "checkpoint.pt").exists() else flags_of(wanted, settings)
         done = subprocess.run([sys.executable, "-m", "nano_dmd.train", *flags], capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"the run in {folder} {last_words(done)}")
     report = read_json(folder / "report.json", REPORT)
+    if changed := [name for name, v in sources(wanted).items() if report.get("sources", {}).get(name, v) != v]:
+        raise UserError(f"{folder} holds a run on another --{changed[0]} of that name: choose another --out, or delete it")
     if wanted.method not in report["rows"]:
         raise UserError(f"{folder / 'report.json'} is damaged: it has no row {wanted.method}")
     return report
@@ -84,12 +87,16 @@ def last_words(done):
     return f"failed: {said[-1]}" if said else f"ended with exit code {done.returncode}: {lines[-1]:.200}"
 
 
+def teacher_of(cfg):
+    """What a teacher, and the data beside it, follow from; of an exact mixture, which needs no training, its name alone."""
+    return cfg.teacher, cfg.data, *(() if cfg.teacher.startswith("toy:") else (cfg.teacher_steps, cfg.teacher_seed))
+
+
 def compare(preset, rows, seeds, out, jobs=1, first=0):
     """{row: {metric: (mean, spread)}}, spread = standard deviation over seeds; writes compare.json, .txt and .png."""
     out, rows = Path(out), list(dict.fromkeys(rows))
     settings = {row: parse_row(preset, row) for row in rows}
-    for row in rows:                                              # complain about a typo before hours of work, not after
-        resolve(settings[row])
+    configs = [resolve(settings[row]) for row in rows]            # complain about a typo before hours of work, not after
     names, numbers = folder_names(rows), range(first, first + seeds)
     folder = {row: out / names[row] for row in rows}
 
@@ -107,7 +114,7 @@ def compare(preset, rows, seeds, out, jobs=1, first=0):
             raise
         reports = {row: [futures[row, s].result() for s in numbers] for row in rows}
     result = {row: summary(found, settings[row]["method"]) for row, found in reports.items()}
-    for name, values in reports[rows[0]][0]["rows"].items():
+    for name, values in reports[rows[0]][0]["rows"].items() if len(set(map(teacher_of, configs))) == 1 else ():
         if name in REFERENCES:
             result[name] = {k: (v, 0.0) for k, v in values.items() if k in result[rows[0]]}
     write_json(out / "compare.json", result)
@@ -129,9 +136,9 @@ def shorten(result):
 
 def folder_names(rows):
     """{row: the name of its folder}, different for different rows also where a file system ignores case."""
-    plain = {row: re.sub(r"[^\w.]+", "-", row)[:100].strip("-.") for row in rows}
+    plain = {row: re.sub(r"[^\w.]+", "-", row, flags=re.ASCII)[:100].strip("-.") for row in rows}
     taken = [name.casefold() for name in plain.values()]
-    clear = {row: taken.count(name.casefold()) == 1 and len(row) <= 100 for row, name in plain.items()}
+    clear = {row: taken.count(name.casefold()) == 1 and len(row) <= 100 and row.isascii() for row, name in plain.items()}
     return {row: name if clear[row] else f"{name}-{digest(row)}" for row, name in plain.items()}
 
 

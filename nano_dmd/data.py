@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from nano_dmd.cache import cached, fingerprint, visible, visible_files
-from nano_dmd.checkpoint import UserError, cache_dir, first_line, note, parse_json, read_bytes
+from nano_dmd.checkpoint import UserError, cache_dir, first_line, note, parse_json, read_bytes, sync
 from nano_dmd.noise import expand, rows
 
 DIGITS = Path(__file__).parent / "assets" / "digits8x8.npz"
@@ -175,7 +175,7 @@ def list_zip(path):
         except Exception as e:                                    # encrypted, damaged, packed by an unknown method
             raise UserError(f"cannot read {name} in {path}: {first_line(e)}") from e
 
-    return sorted(n for n in archive.namelist() if not n.endswith("/") and all(map(visible, n.split("/")))), read
+    return sorted({n for n in archive.namelist() if not n.endswith("/") and all(map(visible, n.split("/")))}), read
 
 
 def list_images(path, names, read):
@@ -191,6 +191,8 @@ def list_images(path, names, read):
         return images, labels_of_table(path, min(tables, key=len), images, read)
     edm = all(re.fullmatch(r"(.*/)?\d{5}/img\d{8}\.\w+", n) for n in images)         # not a class for every thousand
     if edm or not path.is_dir():
+        if not edm and any("/" in n for n in images):
+            note(f"{path} has no dataset.json: its images have no classes, its folders are none")
         return images, None
     return labels_of_folders(path, images, names)
 
@@ -268,7 +270,7 @@ def write_rows(path, count, rows):
                 np.lib.format.write_array_header_1_0(f, header)
             f.write(row.tobytes())
         f.flush()
-        os.fsync(f.fileno())
+        sync(f.fileno())
 
 
 def write_images(folder, labels, count, images):
@@ -290,6 +292,8 @@ def read_table(path, dtype, shape):
             table = np.load(path, mmap_mode="c", allow_pickle=False)
         except OSError:                                           # some network drives cannot map a file
             table = np.load(path, allow_pickle=False)
+        if not isinstance(table, np.ndarray):
+            raise ValueError("it is an archive")
         if table.dtype != dtype or len(table.shape) != len(shape) or any(n not in (None, m) for n, m in zip(shape, table.shape)):
             raise ValueError(f"it holds {table.dtype} of shape {table.shape}")
     except (OSError, ValueError, EOFError, SyntaxError) as e:

@@ -55,13 +55,14 @@ def version(name, *parts):
 
 def index_of(name):
     """model_index.json of a pipeline, {} for a model without one."""
-    from diffusers import DiffusionPipeline
-
     if Path(name).is_dir():
         path = Path(name) / "model_index.json"
-        return read_json(path, {}) if path.is_file() else {}
+        return read_json(path, {"_class_name": str}) if path.is_file() else {}
+    place = source(name)                                          # complains before a slow import
+    from diffusers import DiffusionPipeline
+
     try:
-        return DiffusionPipeline.load_config(**source(name))
+        return DiffusionPipeline.load_config(**place)
     except OSError:                                               # the hub has the model, and this file is not in it
         return {}
 
@@ -108,13 +109,14 @@ def convert(name, folder):
     from diffusers import UNet2DModel
 
     index = index_of(name)
-    others = [k for k, v in index.items() if isinstance(v, (list, tuple)) and k not in ("unet", "scheduler")]
+    others = [k for k, v in index.items() if isinstance(v, (list, tuple)) and any(v) and k not in ("unet", "scheduler")]
     if index.get("_class_name", "") not in PIPELINES or others:
         raise UserError(f"{name} is a {index.get('_class_name')}{' with ' * bool(others)}{', '.join(others)}: teachers here are "
                         f"{', '.join(filter(None, PIPELINES))} with a UNet2DModel in pixels, or Stable Diffusion 1 and 2")
     scheduler, unet = noise_table(name), part(UNet2DModel, name, "unet")
     config, side = dict(unet.config), square(unet.config["sample_size"])
-    if config["in_channels"] != config["out_channels"] or not side:
+    halvings = sum(bool(getattr(b, "downsamplers", None) or getattr(b, "resnet_down", None)) for b in unet.down_blocks)
+    if config["in_channels"] != config["out_channels"] or not 0 < side <= 4096 or side % 2**halvings:
         raise UserError(f"{name} maps {config['in_channels']} channels of {config['sample_size']} pixels to "
                         f"{config['out_channels']}: not a model of square images")
     if config["time_embedding_type"] == "fourier" or config["class_embed_type"]:
@@ -124,6 +126,9 @@ def convert(name, folder):
     args = dict(unet={k: v for k, v in config.items() if not k.startswith("_")}, prediction_type=scheduler.config.prediction_type,
                 alphas_cumprod=scheduler.alphas_cumprod.double().tolist())
     denoiser = denoiser_from_config(**args)
+    if denoiser.sigmas[-1] < 5:                                   # samples begin with pure noise
+        raise UserError(f"the noise of {name} ends at sigma {denoiser.sigmas[-1]:.3g}, where images still show: it cannot be a "
+                        "teacher here")
     denoiser.net.unet.load_state_dict(unet.state_dict())
     shape, classes = [config["in_channels"], side, side], config.get("num_class_embeds") or 0
     save_teacher(folder, denoiser, dict(network="diffusers", args=args, sigma_data=0.5, bf16=False, shape=shape, classes=classes,
@@ -147,7 +152,8 @@ def noise_table(name):
             config = config or diffusers.DDPMScheduler.load_config(**source(name), **where)
         except Exception as e:                                    # hub, network, json: no common base class
             problem = first_line(e)
-    if config is None:
+    if not isinstance(config, dict):
+        problem = problem if config is None else "its config is no table"
         raise UserError(f"cannot load the scheduler of {name}: {problem}; without one nobody knows what its network predicts")
     kind = str(config.get("_class_name", "")).removesuffix("Scheduler")
     odd = [k for k in ("use_flow_sigmas", "rescale_betas_zero_snr") if config.get(k)]
@@ -179,6 +185,9 @@ def part(kind, name, subfolder, wanted="diffusers pipeline with a UNet2DModel"):
         for where in ({"subfolder": subfolder}, {}):
             more = dict(variant=variant, output_loading_info=True) if network else {}
             try:
+                declared = kind.load_config(**source(name), **where).get("_class_name") if hasattr(kind, "load_config") else None
+                if declared not in (None, kind.__name__):
+                    raise UserError(f"the {subfolder} of {name} is a {declared}: give a {wanted}")
                 found = kind.from_pretrained(**source(name), **where, **more)
             except UserError:
                 raise

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from nano_dmd import noise
-from nano_dmd.checkpoint import UserError
+from nano_dmd.checkpoint import UserError, note
 
 
 class Group(nn.Module):
@@ -43,6 +43,8 @@ def start(cfg, device):
     rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if cfg.batch % (count * cfg.accumulate):
         raise UserError(f"--batch {cfg.batch} cannot be split evenly among {count} processes with --accumulate {cfg.accumulate}")
+    if cfg.batch == count * cfg.accumulate and not rank:
+        note("a batch worked off one sample at a time has no spread: the log cannot tell whether samples collapse")
     if cfg.shard and count > 1 and device.type == "cpu" and torch.__version__ < "2.7":
         raise UserError(f"--shard on a CPU needs torch 2.7 or later, not {torch.__version__}: leave it out, or update torch")
     if count > 1 and not dist.is_initialized():                   # the timeout: all wait while one trains a teacher

@@ -75,7 +75,11 @@ def load(name, device):
             unet, kind, sigmas, decode = UNet2DConditionModel(**RANDOM[name]), "epsilon", sd_sigmas(), None
     else:
         unet, kind, sigmas, decode = read_parts(name, device)
-    net = TextUNet(unet, Prompts(name, [""])[torch.zeros(1, dtype=torch.long)])
+    empty = Prompts(name, [""])[torch.zeros(1, dtype=torch.long)]
+    if empty.shape[2] != unet.config.cross_attention_dim:
+        raise UserError(f"the text_encoder of {name} gives {empty.shape[2]} numbers a token, its unet takes "
+                        f"{unet.config.cross_attention_dim}: they are not of one model")
+    net = TextUNet(unet, empty)
     denoiser = {"epsilon": FromEps, "v_prediction": FromV}[kind](net, 1 / (1 + sigmas.double() ** 2)).to(device)
     # the published losses are plain errors in what the network predicts: in x0 that is 1/sigma^2, and 1/sigma^2 + 1 for v
     sigma_data = {"epsilon": float("inf"), "v_prediction": 1.0}[kind]
@@ -121,9 +125,11 @@ def read_parts(name, device):
 
 def decoder(vae, device):
     """decode(latents) -> images in [-1, 1] on the CPU, a few at a time; the VAE visits the device only while it works."""
-    channels, shift = vae.config.latent_channels, vae.config.get("shift_factor")
-    if channels != 4 or shift:
-        raise UserError(f"the vae has {channels} latent channels and shift_factor {shift}: it is not Stable Diffusion's")
+    config, factor = vae.config, 2 ** (len(vae.config.block_out_channels) - 1)
+    odd = [k for k in ("shift_factor", "latents_mean", "latents_std") if config.get(k)]
+    if config.latent_channels != 4 or odd or factor != 8 or not config.scaling_factor > 0:
+        raise UserError(f"the vae has {config.latent_channels} latent channels, {factor} pixels a latent, scaling_factor "
+                        f"{config.scaling_factor}{''.join(f', {k}' for k in odd)}: it is not Stable Diffusion's")
     vae.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -165,7 +171,15 @@ class Prompts:
         return len(self.texts)
 
     def __getitem__(self, index):
-        return torch.from_numpy(self.table[index.cpu().numpy()].astype(np.float32))
+        return finite(self.table[index.cpu().numpy()])
+
+
+def finite(rows):
+    """Rows of a table of the cache as float32.  raises UserError where they hold no numbers"""
+    rows = torch.from_numpy(rows.astype(np.float32))
+    if not rows.isfinite().all():
+        raise UserError("the cache holds numbers that are not finite: clear it by python -m nano_dmd.cache --clear text latents")
+    return rows
 
 
 def embeddings(model, texts, batch=32):
@@ -182,7 +196,12 @@ def embeddings(model, texts, batch=32):
         raise UserError(NEEDS.format(e)) from e
     tokenizer, encoder = part(CLIPTokenizer, model, "tokenizer"), part(CLIPTextModel, model, "text_encoder").eval()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder, length, cut = encoder.to(device), min(tokenizer.model_max_length, encoder.config.max_position_embeddings), 0
+    words, most = len(tokenizer), encoder.config.vocab_size
+    if not most / 2 < words <= most:                              # transformers makes an empty tokenizer of missing files
+        raise UserError(f"the tokenizer of {model} knows {words} words, its text_encoder {most}: files of it are missing, or it "
+                        "belongs to another model")
+    encoder, cut = encoder.to(device), 0
+    length = min(n for n in (tokenizer.model_max_length, encoder.config.max_position_embeddings) if n > 0)
     for i in tqdm(range(0, len(texts), batch), "encoding prompts", disable=len(texts) < batch):
         cut += sum(len(ids) > length for ids in tokenizer(texts[i : i + batch]).input_ids)
         ids = tokenizer(texts[i : i + batch], padding="max_length", truncation=True, max_length=length, return_tensors="pt")
@@ -218,7 +237,7 @@ class Latents:
 
     def sample(self, n, rng):
         index = torch.randint(len(self), (n,), generator=rng)
-        mean, log_variance = torch.from_numpy(self.table[index.numpy()].astype(np.float32)).chunk(2, dim=1)
+        mean, log_variance = finite(self.table[index.numpy()]).chunk(2, dim=1)
         x = mean + (log_variance / 2).exp() * torch.randn(mean.shape, generator=rng)
         return x.to(self.device, non_blocking=True), self.prompts[index].to(self.device, non_blocking=True)
 
@@ -228,13 +247,20 @@ def captioned(folder):
     folder, files = Path(folder), image_files(folder)
     listed = folder / "metadata.jsonl"
     if listed.is_file():
-        rows = dict(caption_of(line, f"{listed}, line {i}") for i, line in read_lines(listed))
+        rows = {}
+        for i, line in read_lines(listed):
+            name, caption = caption_of(line, f"{listed}, line {i}")
+            if name in rows:
+                raise UserError(f"{listed}, line {i}, lists {name} again: give each image one caption")
+            rows[name] = caption
         captions = [rows.pop(f.relative_to(folder).as_posix(), None) for f in files]
         if rows:
             note(f"{listed} has captions for {len(rows)} images that are not there, {next(iter(rows))} for example")
     else:
         beside = [f.with_suffix(".txt") for f in files]
         captions = [" ".join(line for _, line in read_lines(t)) if t.is_file() else None for t in beside]
+    if "" in captions:
+        note(f"{captions.count('')} captions in {folder} are empty, that of {files[captions.index('')].name} for example")
     if None in captions:
         raise UserError(f"{captions.count(None)} of {len(files)} images have no caption, {files[captions.index(None)]} for "
                         "example: put NAME.txt beside each image, or a metadata.jsonl with file_name and text in the folder")

@@ -67,23 +67,30 @@ class FromEps(nn.Module):
         """(B,) sigma -> (B,) int64 index of the nearest log-sigma."""
         return (sigma.log()[:, None] - self.sigmas.log()[None]).abs().argmin(1)
 
+    def within(self, x, sigma):
+        """x and sigma, both scaled down where sigma lies beyond the table: all is noise there, whatever its size."""
+        end = sigma.clamp(max=self.sigmas[-1])
+        return expand(end / sigma, x) * x, end
+
     def _call(self, function, x, sigma, cond):
         s = expand(sigma, x)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             return function(x / (1 + s**2).sqrt(), self.timestep(sigma), cond).to(x.dtype)
 
     def forward(self, x, sigma, cond=None):
+        x, sigma = self.within(x, sigma)
         return x - expand(sigma, x) * self._call(self.net, x, sigma, cond)
 
     def features(self, x, sigma, cond=None):
         """Bottleneck activations (B, C, ...) of the network, for the GAN head."""
-        return self._call(self.net.features, x, sigma, cond)
+        return self._call(self.net.features, *self.within(x, sigma), cond)
 
 
 class FromV(FromEps):
     """The same for v-prediction, v = alpha eps - sqrt(1 - alpha^2) x0 (Salimans & Ho 2022)."""
 
     def forward(self, x, sigma, cond=None):
+        x, sigma = self.within(x, sigma)
         s = expand(sigma, x)
         norm = (1 + s**2).sqrt()
         return (x / norm - s * self._call(self.net, x, sigma, cond)) / norm

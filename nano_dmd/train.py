@@ -15,7 +15,8 @@ from tqdm import tqdm
 from nano_dmd import evaluate
 from nano_dmd.assemble import (Clock, Draw, Peek, build, cached_pairs, check_guidance, find_data, find_prompts, find_teacher,
                                is_latent, machine, pick_device, restore, state, use_threads)
-from nano_dmd.checkpoint import (UserError, append_line, check_writable, command, load_checkpoint, note, own_state, read_json,
+from nano_dmd.cache import sources
+from nano_dmd.checkpoint import (UserError, append_line, check_writable, command, load_checkpoint, own_state, read_json,
                                  remove_leftovers, save_checkpoint, save_tensors, trim_log, write_json)
 from nano_dmd.data import load_data
 from nano_dmd.diagnostics import by_level, diagnose, to_floats
@@ -29,7 +30,7 @@ from nano_dmd.presets import (PRESETS, Config, add_config_flags, describe, free_
                               resolve, resolve_resumed)
 from nano_dmd.sid_loss import sid_loss
 from nano_dmd.teacher import fast_bf16
-from nano_dmd.zoo import compiled, save_teacher
+from nano_dmd.zoo import RECIPES, compiled, save_teacher
 
 
 class Method(NamedTuple):
@@ -179,16 +180,17 @@ def report_progress(record, reference, bar):
         bar.write(f"WARNING: samples collapse: spread {spread:.3g}, the teacher's is {reference['spread']:.3g}")
 
 
-def prepare(cfg, device):
-    """(Teacher, Nets, optimisers, Draw) of a fresh run.  raises UserError where cfg does not fit together."""
+def prepare(cfg, device, resumed=""):
+    """(Teacher, Nets, optimisers, Draw) of a run before its first step.  raises UserError where cfg does not fit together."""
     weights = [w for w, _ in METHODS[cfg.method].generator]
     if not any(getattr(cfg, w) for w in weights):
         raise UserError(f"{cfg.method} has nothing to minimise: give one of {', '.join('--' + w for w in weights)} a weight")
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
     data = load_data(cfg.data, device, cfg.flip) if cfg.data and not cfg.prompts else None      # a typo shows early
-    teacher = first_then_others(lambda: find_teacher(cfg, device))
-    check_guidance(cfg, teacher)
+    if data and not data.classes and cfg.teacher in RECIPES:      # before minutes or hours of training it
+        check_guidance(cfg, 0, {})
+    teacher = first_then_others(lambda: find_teacher(cfg, device, resumed))
     prompts = first_then_others(lambda: find_prompts(cfg, teacher))
     data = first_then_others(lambda: find_data(cfg, teacher, device, needs_data(cfg), data))
     regress = cfg.w_reg and "w_reg" in weights
@@ -212,7 +214,7 @@ def run(cfg, resume=False):
     check_writable(out)
     use_threads(cfg.threads, device)
     saved = load_checkpoint(out / "checkpoint.pt", device) if resume else None
-    teacher, nets, opts, draw = prepare(cfg, device)
+    teacher, nets, opts, draw = prepare(cfg, device, out if resume and (out / "teacher.json").is_file() else "")
     fresh = (0, (0.0, 0.0), processes)
     step, seconds, before = restore(saved, cfg, nets, opts, draw.rng, out / "checkpoint.pt") if resume else fresh
     if not rank:
@@ -237,7 +239,7 @@ def run(cfg, resume=False):
         return None
     rows[cfg.method]["seconds"] = wall
     report = dict(rows=rows, cpu_seconds=cpu, seconds=wall, teacher_cpu_seconds=teacher.recipe["cpu_seconds"],
-                  processes=processes, **machine(device))
+                  processes=processes, sources=sources(cfg), **machine(device))
     write_json(out / "report.json", report)
     return report
 
@@ -250,8 +252,6 @@ def open_folder(cfg, teacher, device, step, before, processes):
     if before != processes:
         print(f"resumed by {processes} processes instead of {before}: the same batches and noise, but sums in another order, "
               "so the result agrees up to rounding and not to the bit")
-    if cfg.batch == cfg.accumulate * processes:
-        note("a batch worked off one sample at a time has no spread: the log cannot tell whether samples collapse")
     remove_leftovers(out)
     write_json(out / "config.json", asdict(cfg))
     save_teacher(out, teacher.net, teacher.recipe)
@@ -262,7 +262,7 @@ def control_row(cfg):
     """Metrics of a student trained on the same pairs by regression alone: what distribution matching has to beat."""
     out = Path(cfg.out) / "control"
     if not (out / "report.json").exists():
-        run(replace(cfg, method="regression", out=str(out), control=False), resume=(out / "checkpoint.pt").exists())
+        run(replace(cfg, method="regression", out=str(out), control=False, log_to=""), resume=(out / "checkpoint.pt").exists())
     return read_json(out / "report.json")["rows"]["regression"]
 
 

@@ -30,7 +30,7 @@ import traceback
 import zipfile
 import zlib
 from collections import Counter, deque, namedtuple
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
@@ -525,6 +525,8 @@ def no_runs(main, argv):
 
 def reported(content):
     """compare finds a run that is done; its report is another one."""
+    wanted = dict(preset="toy", method="sid", control=False)
+    put("cmp/sid/0/config.json", json.dumps(asdict(presets.resolve(wanted))))
     put("cmp/sid/0/report.json", content)
     no_runs(compare.main, ["--preset=toy", "--seeds=1", "--out=cmp", "sid"])
 

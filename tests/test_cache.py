@@ -57,11 +57,14 @@ def test_fingerprints_see_names_sizes_and_times(tmp_path):
     look()
     os.utime(folder / "sub" / "a", ns=(0, 1))
     look()
+    (folder / "sub" / "a").write_text("34")                       # of the same size, and given the old time by its copier
+    os.utime(folder / "sub" / "a", ns=(0, 1))
+    look()
     (folder / "sub" / "a").rename(folder / "sub" / "b")
     look()
     shutil.move(folder, tmp_path / "g")
     seen.append(fingerprint(tmp_path / "g"))
-    assert len(set(seen)) == 5
+    assert len(set(seen)) == 6
 
 
 def test_visible_files_follow_links_but_not_in_circles(tmp_path):
@@ -120,6 +123,9 @@ def test_pairs_depend_on_all_that_the_teacher_computes_with(tmp_path):
         teacher = load_teacher(str(folder))
         assert type(teacher.denoiser) is {"epsilon": FromEps, "v_prediction": FromV}[prediction]
         keys.append(pairs_key(teacher))
+    path = folder / "unet" / "config.json"                        # nothing of it is a weight
+    path.write_text(path.read_text().replace('"flip_sin_to_cos": true', '"flip_sin_to_cos": false'))
+    assert pairs_key(load_teacher(str(folder))) not in keys
     keys += [pairs_key(teacher, pairs=3), pairs_key(teacher, pair_steps=5), pairs_key(teacher, pair_sigma=3.0)]
     assert len(set(keys)) == 6 and pairs_key(teacher) == keys[2]
 
@@ -205,7 +211,7 @@ def test_tables_that_do_not_belong_together(tmp_path, wrong):
                                     lambda t: t.update(cond=t["cond"].float()), lambda t: t["cond"].fill_(-1)])
 def test_damaged_pairs_are_a_sentence(change, monkeypatch):
     monkeypatch.setattr(assemble, "make_pairs", lambda denoiser, z, cond, batch, **args: 0 * z)
-    teacher = zoo.Teacher(torch.nn.Identity(), (1, 8, 8), 10, 0.5, "digits", None, {"network": "unet"})
+    teacher = zoo.Teacher(torch.nn.Identity(), (1, 8, 8), 10, 0.5, "digits", None, {"network": "unet", "args": {}})
     teacher = teacher._replace(net=teacher.denoiser)
     cfg = resolve(dict(preset="digits", pairs=3))
     assert assemble.cached_pairs(cfg, teacher, torch.device("cpu"))["z"].shape == (3, 1, 8, 8)
@@ -223,6 +229,7 @@ def test_the_cache_can_be_seen_and_cleared(tmp_path, capsys):
     images(tmp_path / "imgs", 3)
     data.load_data(str(tmp_path / "imgs"))
     cached("text", {"model": "sd"}, lambda path: path.write_bytes(bytes(2**20)), ".npy")
+    next(cache_dir().glob("data-*.made.json")).write_text("imgs {")                   # damaged: shown as it is
     (cache_dir() / ".text-abc.tmp").mkdir()                       # what a killed process left
     cache.main([])
     lines = capsys.readouterr().out.splitlines()

@@ -250,6 +250,13 @@ def test_restore_names_the_difference(tmp_path):
         assert words in sentence(restored, tmp_path / "ck.pt", WRONG[case])
 
 
+def test_a_resumed_run_is_told_when_its_data_changed(tmp_path, monkeypatch, capsys):
+    (tmp_path / "imgs").mkdir()
+    monkeypatch.setattr(assemble, "sources", lambda cfg: {"data": "before"})
+    restored(tmp_path / "ck.pt", lambda s: monkeypatch.setattr(assemble, "sources", lambda cfg: {"data": "after"}))
+    assert "--data is not as it was when this run was started" in capsys.readouterr().err
+
+
 def test_a_checkpoint_that_grows_is_not_unpacked(tmp_path):
     """300 MB of zeros in a file of 300 KB; torch never compresses, so this is no checkpoint, and no memory is taken for it."""
     with zipfile.ZipFile(tmp_path / "ck.pt", "w", zipfile.ZIP_DEFLATED) as f, f.open("archive/data/0", "w") as part:

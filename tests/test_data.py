@@ -383,6 +383,13 @@ def test_folders_called_by_numbers_are_in_their_order(tmp_path, names, order, sa
     assert said in capsys.readouterr().err if said else not capsys.readouterr().err.startswith("note")
 
 
+def test_a_zip_of_class_folders_says_that_it_has_no_classes(tmp_path, pixels, capsys):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as f:
+        for name in ("cat/a.png", "dog/a.png"):
+            f.writestr(name, png(pixels[0]))
+    assert load_data(str(tmp_path / "x.zip")).labels is None and "its images have no classes" in capsys.readouterr().err
+
+
 def unpack(archive, folder):
     with zipfile.ZipFile(archive) as f:
         f.extractall(folder)

@@ -146,7 +146,8 @@ def test_the_class_of_the_scheduler_decides(name, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [dict(rescale_betas_zero_snr=True), dict(prediction_type="sample"),
-                                      dict(trained_betas=[0.5, 1.0]), dict(trained_betas=[0.1, -0.1])])
+                                      dict(trained_betas=[0.5, 1.0]), dict(trained_betas=[0.1, -0.1]),
+                                      dict(num_train_timesteps=50)])
 def test_schedules_that_do_not_fit_are_refused(settings, tmp_path):
     pipeline(tmp_path)
     config = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
@@ -178,6 +179,7 @@ def test_the_class_of_the_pipeline_decides(changes, said, tmp_path):
     "class_embed_type identity"),
     (dict(time_embedding_type="fourier"), "time_embedding_type fourier"), (dict(sample_size=[8, 16]),
     "not a model of square images"),
+    (dict(sample_size=7), "not a model of square images"), (dict(sample_size=10**6), "not a model of square images"),
     (dict(sample_size=None), "not a model of square images"), (dict(sample_size=[8, 8]), "FromEps")])
 def test_networks_of_another_build(changes, said, tmp_path):
     pipeline(tmp_path, **changes)
@@ -260,3 +262,18 @@ def test_the_hub_is_asked_once_and_its_copy_is_used(tmp_path, monkeypatch):
     torch.testing.assert_close(teacher.net.net.unet.conv_in.weight, unet.conv_in.weight)
     assert hub.version("owner/model") == "abc"
     hub.on_the_hub.cache_clear()
+
+
+def test_files_that_are_no_tables(tmp_path):
+    pipeline(tmp_path / "a")
+    pipeline(tmp_path / "b")
+    (tmp_path / "a" / "scheduler" / "scheduler_config.json").write_text("[]")
+    assert "cannot load the scheduler" in said_of(tmp_path / "a")
+    index = json.loads((tmp_path / "b" / "model_index.json").read_text())
+    (tmp_path / "b" / "model_index.json").write_text(json.dumps(index | {"_class_name": ["DDPMPipeline"]}))
+    assert "_class_name is a list" in said_of(tmp_path / "b")
+    (tmp_path / "b" / "model_index.json").write_text(json.dumps(index | {"vqvae": [None, None]}))
+    assert said_of(tmp_path / "b") == "FromEps"
+    config = json.loads((tmp_path / "b" / "unet" / "config.json").read_text())
+    (tmp_path / "b" / "unet" / "config.json").write_text(json.dumps(config | {"_class_name": "UNet1DModel"}))
+    assert "the unet of" in (said := said_of(tmp_path / "b")) and "is a UNet1DModel" in said

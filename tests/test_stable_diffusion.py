@@ -880,3 +880,47 @@ def test_a_run_knows_when_its_pipeline_changed(sd, prompts, tmp_path, fast, caps
     save_file({k: 2 * v for k, v in load_file(file).items()}, file, {"format": "pt"})
     load_teacher(run)
     assert f"sd is not as it was when {run} was made" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spoiling, said", [
+    (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer"),
+    (lambda f: [p.unlink() for p in (f / "tokenizer").iterdir() if p.name != "tokenizer_config.json"],
+    "the tokenizer of .* knows"),
+    (lambda f: spoil(f / "vae", "latents_mean", [0.1] * 4), "latents_mean: it is not Stable Diffusion's"),
+    (lambda f: spoil(f / "vae", "scaling_factor", 0), "scaling_factor 0"),
+    (lambda f: wide(f / "text_encoder"), "gives 64 numbers a token, its unet takes 32")])
+def test_parts_that_do_not_belong_together(spoiling, said, sd, tmp_path, monkeypatch):
+    """An empty tokenizer, a VAE of another model, a text encoder of another width: a sentence, and no embeddings of nothing."""
+    monkeypatch.setenv("NANO_DMD_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(sd, tmp_path / "sd")
+    spoiling(tmp_path / "sd")
+    with pytest.raises(UserError, match=said):
+        load_teacher(str(tmp_path / "sd"))
+
+
+def wide(folder):
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    old = CLIPTextConfig.from_pretrained(folder)
+    CLIPTextModel(CLIPTextConfig(**old.to_dict() | dict(hidden_size=64))).save_pretrained(folder)
+
+
+def test_tables_of_no_numbers_are_a_sentence(sd, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANO_DMD_CACHE", str(tmp_path / "cache"))
+    found = Latents(sd, photos, (4, 8, 8), torch.device("cpu"))
+    for name, ask in (("text", lambda: found.prompts[torch.tensor([0])]), ("latents", lambda: found.sample(2,
+        torch.Generator()))):
+        path, = (tmp_path / "cache").glob(f"{name}-*.npy")
+        np.save(path, np.load(path) * np.float16(np.nan))
+        found = Latents(sd, photos, (4, 8, 8), torch.device("cpu"))
+        with pytest.raises(UserError, match="numbers that are not finite"):
+            ask()
+
+
+def test_a_file_listed_twice_and_an_empty_caption(tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    (tmp_path / "metadata.jsonl").write_text(row(0, text=" "))
+    assert captioned(tmp_path)[1] == [""] and "1 captions" in capsys.readouterr().err
+    (tmp_path / "metadata.jsonl").write_text(f"{row(0)}\n{row(0)}")
+    with pytest.raises(UserError, match="line 2, lists 0.png again"):
+        captioned(tmp_path)

@@ -8,6 +8,8 @@ import errno
 import json
 import os
 import stat
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ RUN = ["--preset", "toy", "--method", "sid", "--device", "cpu", "--teacher_steps
 
 def on_windows(patch):
     """A folder cannot be opened as a file, no folder is renamed onto another, and there is no resource and no getloadavg."""
-    opened, replaced, imported = os.open, os.replace, builtins.__import__
+    opened, replaced, imported, held = os.open, os.replace, builtins.__import__, []
 
     def open_(path, flags, *args, **kwargs):
         if os.path.isdir(path):
@@ -31,7 +33,8 @@ def on_windows(patch):
         return opened(path, flags, *args, **kwargs)
 
     def replace(old, new):
-        if os.path.isdir(new):
+        if os.path.isdir(new) or not held:                        # the first time, a virus scanner looks at the file
+            held.append(new)
             raise PermissionError(errno.EACCES, "Access is denied", str(new))
         return replaced(old, new)
 
@@ -44,16 +47,15 @@ def on_windows(patch):
     patch.setattr(os, "replace", replace)
     patch.setattr(builtins, "__import__", import_)
     patch.delattr(os, "getloadavg")
+    patch.setattr(os, "cpu_count", lambda: None)
 
 
 def on_a_network_drive(patch):
-    """Folders cannot be synced, permissions cannot be changed, files cannot be mapped, and the load is not known."""
-    synced, load = os.fsync, np.load
+    """Nothing can be synced, permissions cannot be changed, files cannot be mapped, and the load is not known."""
+    load = np.load
 
     def fsync(handle):
-        if stat.S_ISDIR(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, "Invalid argument")
-        return synced(handle)
+        raise OSError(errno.EINVAL, "Invalid argument")
 
     def load_(path, mmap_mode=None, **kwargs):
         if mmap_mode:
@@ -125,3 +127,18 @@ def test_errors_of_the_system_are_one_sentence(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit, match="2"):
             checkpoint.command(lambda: main(argv))
         assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_letters_that_a_console_lacks(tmp_path, monkeypatch):
+    """A Windows pipe in cp1252 and a folder with a Japanese name: shown by its number, and the run goes on."""
+    done = subprocess.run([sys.executable, "-m", "nano_dmd.train", "--preset", "toy", "--out", "\u56f3", "--dry-run"],
+                          capture_output=True, cwd=tmp_path, env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0 and b"\\u56f3" in done.stdout
+
+
+def test_a_user_without_a_home_says_where_to_keep_things(monkeypatch):
+    monkeypatch.delenv("NANO_DMD_CACHE")
+    monkeypatch.setattr(checkpoint.Path, "home",
+        lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+    with pytest.raises(checkpoint.UserError, match="say by .NANO_DMD_CACHE"):
+        checkpoint.cache_dir()

@@ -554,3 +554,16 @@ def test_add_noise_broadcasts_over_samples():
     got = add_noise(torch.zeros_like(noise), sigma, noise)
     for i in range(3):
         assert_close(got[i], sigma[i] * noise[i], **EXACT)
+
+
+@pytest.mark.parametrize("adapter", [FromEps, FromV])
+def test_beyond_the_table_all_is_noise(adapter):
+    """A table that ends at sigma 12.6, asked at 80: the answer is that to the same picture of noise at 12.6, within 1e-12; up to
+    the end of the table nothing is scaled, to the bit."""
+    abar = (1 - torch.linspace(1e-4, 0.01, 1000, dtype=torch.float64)).cumprod(0)
+    denoiser = adapter(lambda x, t, cond: torch.tanh(3 * x) + expand(t / 1000, x), abar)
+    end = denoiser.sigmas[-1].double()
+    x, sigma = torch.randn(5, 2, dtype=torch.float64), torch.full((5,), 80.0, dtype=torch.float64)
+    inside = denoiser(x * end / 80, end.expand(5))
+    torch.testing.assert_close(denoiser(x, sigma), inside, rtol=0, atol=1e-12)
+    assert torch.equal(denoiser.within(x, end.expand(5))[0], x) and torch.equal(denoiser.within(x, sigma / 8)[0], x)

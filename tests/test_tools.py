@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nano_dmd import bench, compare, data, evaluate, fid, pictures, plot, presets, sample, train
+from nano_dmd import bench, cache, compare, data, evaluate, fid, pictures, plot, presets, sample, train
 from nano_dmd.checkpoint import UserError, write_json
 from nano_dmd.teacher import Teacher
 
@@ -272,3 +272,36 @@ def test_a_plot_has_the_format_its_name_says(name, start, toy_run, tmp_path):
     assert (tmp_path / name).read_bytes().startswith(start)
     with pytest.raises(UserError, match="must end in .png, .pdf"):
         plot.main([str(toy_run), "--out", "x.docx"])
+
+
+# ---- the same settings on other data, and rows of other teachers
+
+
+def test_a_report_on_other_data_is_not_ones_own(tmp_path, monkeypatch):
+    """The folder's name is the same, its images are not: compare says so, and so does a resume."""
+    monkeypatch.setattr(compare.subprocess, "run", lambda *a, **k: pytest.fail("a run was started"))
+    (tmp_path / "imgs").mkdir()
+    (tmp_path / "imgs" / "a.png").write_text("1")
+    settings = compare.parse_row("digits", f"dmd2 --data {tmp_path / 'imgs'}")
+    cfg = presets.resolve(settings)
+    write_json(tmp_path / "config.json", dataclasses.asdict(cfg))
+    write_json(tmp_path / "report.json", dict(rows={"dmd2": {}}, cpu_seconds=1, seconds=2, sources=cache.sources(cfg)))
+    assert compare.run_once(settings, tmp_path)["seconds"] == 2
+    (tmp_path / "imgs" / "a.png").write_text("two")
+    with pytest.raises(UserError, match="holds a run on another --data of that name"):
+        compare.run_once(settings, tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="config.json: it is not there"):
+        compare.run_once(settings, tmp_path)
+
+
+def test_a_teacher_that_rows_do_not_share_is_left_out(tmp_path, monkeypatch):
+    """Two targets have two teachers: one row of numbers would be taken for both's."""
+    def report(settings, folder):
+        return dict(rows={"teacher": {"sw2": 1.5, "modes": 8}, "sid": {"sw2": 2.0, "modes": 8}}, cpu_seconds=1.0, seconds=2.0)
+
+    monkeypatch.setattr(compare, "run_once", report)
+    for row in ("sid --alpha 1", "sid --teacher_seed 1"):        # the exact mixture is the same
+        found = compare.compare("toy", ["sid", row], 2, tmp_path)
+        assert found["teacher"] == {"sw2": (1.5, 0.0), "modes": (8, 0.0)}
+    assert "teacher" not in compare.compare("toy", ["sid", "sid --teacher toy:grid25"], 2, tmp_path)
