@@ -68,7 +68,7 @@ def first_line(error, length=120):
 
 @functools.lru_cache(maxsize=None)
 def note(sentence):
-    """Tell the user once, on stderr, what goes on but may not be meant."""
+    """Print a note on stderr, each one once: it works, but the user may not have meant it."""
     print(f"note: {sentence}", file=sys.stderr, flush=True)
 
 
@@ -105,7 +105,7 @@ def write_atomic(path, data: bytes):
 
 
 def sync(handle):
-    """fsync, where the file system knows it: FUSE and network drives may not, and have the file all the same."""
+    """fsync.  Some FUSE and network drives do not know it; the file is there all the same."""
     try:
         os.fsync(handle)
     except OSError as e:

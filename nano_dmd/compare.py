@@ -88,7 +88,7 @@ def last_words(done):
 
 
 def teacher_of(cfg):
-    """What a teacher, and the data beside it, follow from; of an exact mixture, which needs no training, its name alone."""
+    """The settings that decide who the teacher is.  An exact mixture is not trained, so its name is enough."""
     return cfg.teacher, cfg.data, *(() if cfg.teacher.startswith("toy:") else (cfg.teacher_steps, cfg.teacher_seed))
 
 

@@ -124,7 +124,7 @@ def image_files(folder):
 
 
 def tell_left_out(place, names):
-    """Count aloud the files that are no image we read, nor something said of images."""
+    """Say how many files are left out: neither images that we read, nor captions or tables of images."""
     if others := [n for n in names if not is_image(n) and not n.endswith((".txt", ".json", ".jsonl", "/"))]:
         note(f"{len(others)} files in {place} are left out, {others[0]} for example: images are {IMAGES}")
 

@@ -326,9 +326,9 @@ POINTS = ("sw2", "in3", "modes", "weight_error")
 
 
 def wanted_metrics(text, teacher, data_name):
-    """(names in --metric, the kinds of metrics they are: "text", "inception" or "own").  raises UserError for unknown names.
+    """(the names in --metric, where they are measured: "text", "inception" or "own").  raises UserError for unknown names.
 
-    Digits have a precision and a recall of their own; those on Inception features are had together with another of them.
+    For digits, precision and recall mean their own; asked for together with fid, they mean those on Inception features.
     """
     wanted = [name.strip() for name in text.split(",")] if text is not None else []
     own = POINTS if len(teacher.shape) == 1 else DIGITS if data_name == "digits" else OTHERS

@@ -142,8 +142,11 @@ def square(size):
 
 
 def noise_table(name):
-    """The scheduler of a pipeline, which has alphas_cumprod.  raises UserError unless its class and settings say that the
-    model predicts eps or v from timesteps of that table: another one's networks mean something else by the same inputs."""
+    """The scheduler of a pipeline, which has alphas_cumprod.
+
+    raises UserError unless its class and settings say that the network predicts eps or v at the timesteps of that table;
+    with any other, the same inputs would mean something else to the network
+    """
     import diffusers
 
     config, kind = None, None

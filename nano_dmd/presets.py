@@ -208,7 +208,7 @@ OWN_NAMES = {"digits", "cifar10", "cifar10-test", "cifar10-small", "cifar10-scra
 
 
 def anchored(values):
-    """values, with the whole path of what lies in this folder: from another one, its name could be somebody else's."""
+    """The same settings with absolute paths: seen from another folder, a relative one could mean something else."""
     return {name: os.path.abspath(v) if name in PLACES and v and v not in OWN_NAMES and os.path.exists(v) else v
             for name, v in values.items()}
 

@@ -139,7 +139,7 @@ def read_teacher(folder, device):
 
 
 def nonsense(recipe):
-    """What in a recipe cannot be meant, "" if all can: before memory is taken for it."""
+    """What is impossible in a recipe, "" if nothing is.  Checked before memory is taken for the network."""
     args, shape, classes = recipe["args"], recipe["shape"], recipe["classes"]
     if not 1e-6 <= recipe["sigma_data"] <= 1e6 or not 0 <= classes <= MOST_CLASSES:
         return f"sigma_data {recipe['sigma_data']}, {classes} classes"
