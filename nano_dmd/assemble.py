@@ -305,7 +305,7 @@ class Draw:
 
     def __init__(self, cfg, teacher, data, pairs, rng, device, prompts=None):
         self.cfg, self.teacher, self.data, self.pairs, self.rng, self.device = cfg, teacher, data, pairs, rng, device
-        self.prompts = prompts
+        self.prompts, self.sources = prompts, sources(cfg)       # once: a large folder takes seconds to look through
         self.k, self.latest = len(cfg.sigma_list()), None
 
     def integers(self, high, n):
@@ -413,16 +413,19 @@ class Clock:
         return [round(self.zero[0] + time.process_time(), 3), round(self.zero[1] + time.perf_counter(), 3)]
 
 
-def state(cfg, step, seconds, nets, opts, rng):
-    """Everything a resumed run needs to go on to the bit.  All processes share one random state, so one saves it."""
+def state(cfg, step, seconds, nets, opts, rng, read):
+    """Everything a resumed run needs to go on to the bit.  All processes share one random state, so one saves it.
+
+    read  the fingerprints of what the run reads, cache.sources
+    """
     modules = {name: own_state(getattr(nets, name)) for name in ("fake", "discriminator", "generator", "ema")}
     cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
     return dict(config=asdict(cfg), step=step, seconds=list(seconds), nets=whole(modules), processes=PROCESS["count"],
                 rng=[torch.get_rng_state(), cuda, rng.get_state()],
-                opts=whole({name: opt.state_dict() for name, opt in opts.items()}), sources=sources(cfg))
+                opts=whole({name: opt.state_dict() for name, opt in opts.items()}), sources=read)
 
 
-def restore(saved, cfg, nets, opts, rng, path):
+def restore(saved, cfg, nets, opts, rng, path, read):
     """The inverse of state(): (step, seconds, processes); raises UserError naming the first thing that does not fit.
 
     Of the optimisers only the moments are taken: their settings follow from cfg, and must be the same.
@@ -430,7 +433,7 @@ def restore(saved, cfg, nets, opts, rng, path):
     try:
         if difference := same_run(cfg, Config(**saved["config"])):
             raise ValueError("it is of a run with {} {!r:.40}, not {!r:.40}".format(*(difference[i] for i in (0, 2, 1))))
-        for name, v in sources(cfg).items():
+        for name, v in read.items():
             if saved.get("sources", {}).get(name, v) != v:
                 note(f"--{name} is not as it was when this run was started: what follows is another run than it would have been")
         if not 0 < saved["step"] <= cfg.steps or saved["processes"] < 1 or not saved["opts"].keys() == opts.keys():

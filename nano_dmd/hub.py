@@ -149,7 +149,7 @@ def noise_table(name):
     """
     import diffusers
 
-    config, kind = None, None
+    config = None
     for where in ({"subfolder": "scheduler"}, {}):
         try:
             config = config or diffusers.DDPMScheduler.load_config(**source(name), **where)

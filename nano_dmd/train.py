@@ -15,7 +15,6 @@ from tqdm import tqdm
 from nano_dmd import evaluate
 from nano_dmd.assemble import (Clock, Draw, Peek, build, cached_pairs, check_guidance, find_data, find_prompts, find_teacher,
                                is_latent, machine, pick_device, restore, state, use_threads)
-from nano_dmd.cache import sources
 from nano_dmd.checkpoint import (UserError, append_line, check_writable, command, load_checkpoint, own_state, read_json,
                                  remove_leftovers, save_checkpoint, save_tensors, trim_log, write_json)
 from nano_dmd.data import load_data
@@ -144,7 +143,7 @@ def train(cfg, nets, opts, draw, peek, out, step=0, seconds=(0.0, 0.0)):
             peek.save(nets.ema, out / "samples" / f"{done:06d}.png")
             peek.save_scores(nets, out / "scores" / f"{done:06d}.png")
         if save:
-            saved = state(cfg, done, clock.read(), nets, opts, draw.rng)
+            saved = state(cfg, done, clock.read(), nets, opts, draw.rng, draw.sources)
             if writes:
                 save_checkpoint(out / "checkpoint.pt", saved)
     return clock.read()
@@ -213,10 +212,11 @@ def run(cfg, resume=False):
     rank, processes = start(cfg, device)
     check_writable(out)
     use_threads(cfg.threads, device)
-    saved = load_checkpoint(out / "checkpoint.pt", device) if resume else None
+    path = out / "checkpoint.pt"
+    saved = load_checkpoint(path, device) if resume else None
     teacher, nets, opts, draw = prepare(cfg, device, out if resume and (out / "teacher.json").is_file() else "")
     fresh = (0, (0.0, 0.0), processes)
-    step, seconds, before = restore(saved, cfg, nets, opts, draw.rng, out / "checkpoint.pt") if resume else fresh
+    step, seconds, before = restore(saved, cfg, nets, opts, draw.rng, path, draw.sources) if resume else fresh
     if not rank:
         open_folder(cfg, teacher, device, step, before, processes)
     share(nets, opts, cfg)
@@ -239,7 +239,7 @@ def run(cfg, resume=False):
         return None
     rows[cfg.method]["seconds"] = wall
     report = dict(rows=rows, cpu_seconds=cpu, seconds=wall, teacher_cpu_seconds=teacher.recipe["cpu_seconds"],
-                  processes=processes, sources=sources(cfg), **machine(device))
+                  processes=processes, sources=draw.sources, **machine(device))
     write_json(out / "report.json", report)
     return report
 

@@ -183,11 +183,12 @@ def parts():
 def restored(path, change=lambda saved: None):
     """What restore says of a checkpoint, once changed, that fits otherwise; all through its file."""
     cfg, nets, opts = parts()
-    saved = assemble.state(cfg, 3, [1.0, 2.0], nets, opts, torch.Generator())
+    saved = assemble.state(cfg, 3, [1.0, 2.0], nets, opts, torch.Generator(), assemble.sources(cfg))
     change(saved)
     save_checkpoint(path, saved)
     cfg, nets, opts = parts()
-    return assemble.restore(load_checkpoint(path), cfg, nets, opts, torch.Generator(), path), nets, opts, saved
+    found = assemble.restore(load_checkpoint(path), cfg, nets, opts, torch.Generator(), path, assemble.sources(cfg))
+    return found, nets, opts, saved
 
 
 def test_restore_is_the_inverse_of_state(tmp_path):
