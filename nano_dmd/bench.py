@@ -10,12 +10,14 @@ memory is the method's peak on a GPU, but the whole process's on a CPU: there, g
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nano_dmd.assemble import is_latent, machine, pick_device, use_threads
-from nano_dmd.checkpoint import command
-from nano_dmd.evaluate import TEACHER_STEPS, latency, median_seconds, table
-from nano_dmd.presets import add_config_flags, number, parser, resolve
-from nano_dmd.teacher import FromEps, fast_bf16
-from nano_dmd.train import critic_requires_grad, prepare, train_step, update
+from nano_dmd.denoiser import FromEps
+from nano_dmd.engine.build import prepare
+from nano_dmd.engine.config import add_config_flags, number, parser, resolve
+from nano_dmd.engine.files import command
+from nano_dmd.engine.machine import fast_bf16, machine, median_seconds, pick_device, use_threads
+from nano_dmd.evaluate import TEACHER_STEPS, latency
+from nano_dmd.methods import critic_requires_grad, train_step, update
+from nano_dmd.metrics.sets import table
 
 
 def matmul_flops(device, bf16, n=1536, repeats=10):
@@ -60,7 +62,7 @@ def bench(cfg, repeats):
     with FlopCounterMode(display=False) as counter:
         step()
     share = counter.get_total_flops() / parts["whole step"] / matmul_flops(device, bf16)
-    if is_latent(teacher):
+    if teacher.kind == "text":
         parts["one image"], parts[f"{TEACHER_STEPS} guided steps"] = latency(nets, batch, repeats)
     return {f"{k} ms": 1000 * v for k, v in parts.items()} | {
         "images/s": cfg.batch / parts["whole step"], "peak %": 100 * share, "memory MiB": machine(device)["peak_memory_mib"]}

@@ -17,15 +17,13 @@ from statistics import mean, stdev
 
 from tqdm import tqdm
 
-from nano_dmd.cache import digest, sources
-from nano_dmd.checkpoint import UserError, command, read_json, write_atomic, write_json
-from nano_dmd.evaluate import table
+from nano_dmd.engine.cache import digest, sources
+from nano_dmd.engine.config import add_config_flags, number, parser, read_config, resolve, same_run
+from nano_dmd.engine.files import UserError, command, read_json, write_atomic, write_json
+from nano_dmd.metrics.sets import table
 from nano_dmd.plot import comparison, have_matplotlib, save_figure
-from nano_dmd.presets import add_config_flags, number, parser, read_config, resolve, same_run
-
 
 REFERENCES = ("teacher", "real halves")                           # rows of every report that are not a student's
-
 
 REPORT = dict(rows={str: {str: (float, None)}}, cpu_seconds=float, seconds=float)
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from nano_dmd import hub
-from nano_dmd.assemble import is_latent
-from nano_dmd.checkpoint import UserError, command, first_line, unwritable
-from nano_dmd.evaluate import load_run
+from nano_dmd.engine.config import parser
+from nano_dmd.engine.files import UserError, command, first_line, unwritable
+from nano_dmd.engine.runs import load_run
 from nano_dmd.noise import sd_sigmas
-from nano_dmd.presets import parser
-from nano_dmd.stable_diffusion import RANDOM, part
+from nano_dmd.teachers import diffusers_unet as hub
+from nano_dmd.teachers.text_networks import RANDOM
+from nano_dmd.teachers.text_to_image import part
 
 CARD = """---
 base_model: {base}
@@ -90,7 +90,7 @@ def export(run, to):
     from transformers import CLIPTextModel
 
     cfg, teacher, generator = load_run(run)
-    if not is_latent(teacher) or teacher.recipe["source"] in RANDOM:
+    if teacher.kind != "text" or teacher.recipe["source"] in RANDOM:
         raise UserError(f"{run} is a student of {cfg.teacher}: only those of a Stable Diffusion pipeline can be exported")
     if Path(to).exists():
         raise UserError(f"{to} exists already: give --to a folder that does not")

@@ -7,10 +7,10 @@ gradient points the wrong way: hence DMD2's several critic updates per generator
 
 from torch import nn
 
-from nano_dmd.lora import trainable_copy
+from nano_dmd.denoiser import edm_loss
+from nano_dmd.engine.lora import trainable_copy
 from nano_dmd.noise import draw_noise, draw_sigma
 from nano_dmd.real_score import guided
-from nano_dmd.teacher import edm_loss
 
 
 class FakeScore(nn.Module):

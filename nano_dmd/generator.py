@@ -11,9 +11,9 @@ instead, as several reimplementations do, trains on inputs the generator never m
 import torch
 from torch import nn
 
-from nano_dmd.lora import trainable_copy
+from nano_dmd.denoiser import lerp
+from nano_dmd.engine.lora import trainable_copy
 from nano_dmd.noise import add_noise
-from nano_dmd.teacher import lerp
 
 
 class Generator(nn.Module):

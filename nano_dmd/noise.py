@@ -13,9 +13,10 @@ ever asked at finite sigma; a generator owns its own input and may still start f
 
 import functools
 import re
-from dataclasses import dataclass, field
 
 import torch
+
+from nano_dmd.engine.parallel import rows
 
 
 def expand(v, x):
@@ -81,27 +82,6 @@ def parse_sigma(spec):
     return name, a, b
 
 
-PROCESS = dict(rank=0, count=1)                                   # set by parallel.share
-
-
-def rows(draw, n):
-    """This process's n rows of draw(n * processes): N processes that share a batch draw together what one would alone.
-
-    Their random streams are in step, because all start from one seed and draw the same things.
-    """
-    first = PROCESS["rank"] * n
-    return draw(PROCESS["count"] * n)[first : first + n]
-
-
-def forked(device):
-    """A context whose random draws, on the CPU and on device, leave no trace: afterwards all goes on as if it had not been.
-
-    By its own choice torch would fork on every GPU there is, and so set up all eight from each of eight processes.
-    """
-    device = torch.device(device)
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
-
-
 def draw_noise(x):
     """Unit normal noise of the shape of x (B, *S)."""
     return rows(lambda n: torch.randn(n, *x.shape[1:], device=x.device, dtype=x.dtype), len(x))
@@ -121,35 +101,3 @@ def draw_sigma(spec, n, device):
     if name == "sd":
         return sd_sigmas(str(device))[rows(lambda m: torch.randint(int(a), int(b) + 1, (m,), device=device), n)]
     return karras(rows(lambda m: torch.rand(m, device=device), n), a, b)
-
-
-@dataclass
-class Batch:
-    """What one update sees.  None where a method does not ask for it.
-
-    z         (k, B, *S)  unit noise of the generator's k steps, z[0] starts it
-    cond      None | (B,) class labels | (B, T, C) text embeddings
-    fake_cond what the denoising loss sees instead, where some labels are dropped (cfg.critic_dropout)
-    step      int         the generator step that is trained, one for the whole batch (0 for one-step)
-    start     (B, *S)     data to noise instead of simulating earlier steps (only for the comparison)
-    real      (B, *S)     data, with its own labels real_cond          (GAN only)
-    pair_z    (1, B, *S)  noise and the teacher's Heun answer pair_x   (regression only)
-    """
-
-    z: torch.Tensor
-    cond: torch.Tensor | None = None
-    step: int = 0
-    start: torch.Tensor | None = None
-    real: torch.Tensor | None = None
-    real_cond: torch.Tensor | None = None
-    fake_cond: torch.Tensor | None = None
-    pair_z: torch.Tensor | None = None
-    pair_x: torch.Tensor | None = None
-    pair_cond: torch.Tensor | None = None
-    seen: dict = field(default_factory=dict)
-
-    def mean(self, name, loss, sigma):
-        """Mean over everything of loss (B, ...); keeps (sigma, loss per sample) for logs and NaN reports."""
-        per_sample = loss.flatten(1).mean(1)
-        self.seen[name] = (sigma, per_sample.detach())
-        return per_sample.mean()

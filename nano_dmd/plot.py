@@ -12,14 +12,17 @@ import io
 import textwrap
 from pathlib import Path
 
-from nano_dmd.checkpoint import UserError, command, parse_json, read_lines, write_atomic
-from nano_dmd.diagnostics import LEVELS
-from nano_dmd.presets import parser
-from nano_dmd.schema import mismatch
+from nano_dmd.engine.config import parser
+from nano_dmd.engine.diagnostics import LEVELS
+from nano_dmd.engine.files import UserError, command, parse_json, read_lines, write_atomic
+from nano_dmd.engine.schema import mismatch
 
 MISSING = 'pictures need matplotlib: pip install -e ".[tutorials]"'
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")          # safe for colour-blind readers
+
 STYLES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))                              # one per run
+
 BINS = [f"< {LEVELS[0]:g}", *[f"{a:g} to {b:g}" for a, b in zip(LEVELS, LEVELS[1:])], f"> {LEVELS[-1]:g}"]
 
 
@@ -35,7 +38,6 @@ def figure(rows, columns, width, height):
 
     fig = Figure((width, height), dpi=100, layout="constrained")
     return fig, fig.subplots(rows, columns, squeeze=False)
-
 
 FORMATS = (".png", ".pdf", ".svg", ".jpg")
 
@@ -62,8 +64,8 @@ def comparison(result, metrics):
     axes[0][0].set_yticklabels([textwrap.fill(row, 44) for row in rows], fontsize=8)
     return fig
 
-
 NUMBER = (float, None)
+
 LOG = dict(step=int, x_mean=NUMBER, x_std=NUMBER, spread=NUMBER, mesm=[NUMBER] * len(LEVELS), fake_loss=[NUMBER] * len(LEVELS),
            grad={str: NUMBER}, by_sigma={str: [NUMBER] * len(BINS)})
 

@@ -11,8 +11,6 @@ Only the teacher is guided; the fake score tracks the generator as it is (DMD se
 
 from torch import nn
 
-from nano_dmd.noise import expand
-
 
 class RealScore(nn.Module):
     """A teacher's Denoiser with frozen weights and, for conditional teachers, guidance."""
@@ -34,8 +32,3 @@ def guided(denoiser, x, sigma, cond, w):
         return d_cond
     d_uncond = denoiser(x, sigma, None)
     return d_uncond + w * (d_cond - d_uncond)
-
-
-def score(denoiser, x, sigma, cond=None):
-    """grad log p(x; sigma) = (D(x, sigma) - x) / sigma^2 (Tweedie).  x (B, *S), sigma (B,); returns (B, *S)."""
-    return (denoiser(x, sigma, cond) - x) / expand(sigma, x) ** 2

@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from nano_dmd import pictures
-from nano_dmd.assemble import find_prompts, is_latent, pick_device
-from nano_dmd.checkpoint import UserError, command, write_atomic
-from nano_dmd.evaluate import in_batches, load_run
-from nano_dmd.presets import number, parser
-from nano_dmd.stable_diffusion import Prompts
+from nano_dmd.engine import pictures
+from nano_dmd.engine.config import number, parser
+from nano_dmd.engine.files import UserError, command, write_atomic
+from nano_dmd.engine.find import find_prompts
+from nano_dmd.engine.machine import pick_device
+from nano_dmd.engine.runs import load_run
+from nano_dmd.metrics.sets import in_batches
+from nano_dmd.teachers.text_to_image import Prompts
 
 
 def sample(folder, n, label=None, seed=0, device="cpu", prompt=None):
@@ -24,7 +26,7 @@ def sample(folder, n, label=None, seed=0, device="cpu", prompt=None):
     Of a Stable Diffusion student: images for prompt, else for the prompts it was trained on, in turn.
     """
     cfg, teacher, generator = load_run(folder, device)
-    if is_latent(teacher):
+    if teacher.kind == "text":
         if label is not None:
             raise UserError(f"--class {label}: {folder} is a student of Stable Diffusion, which has no classes; give --prompt")
         return sample_text(cfg, teacher, generator, n, seed, device, prompt)

@@ -4,111 +4,28 @@
 """
 
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from nano_dmd import evaluate
-from nano_dmd.assemble import (Clock, Draw, Peek, build, cached_pairs, check_guidance, find_data, find_prompts, find_teacher,
-                               is_latent, machine, pick_device, restore, state, use_threads)
-from nano_dmd.checkpoint import (UserError, append_line, check_writable, command, load_checkpoint, own_state, read_json,
-                                 remove_leftovers, save_checkpoint, save_tensors, trim_log, write_json)
-from nano_dmd.data import load_data
-from nano_dmd.diagnostics import by_level, diagnose, to_floats
-from nano_dmd.dmd_loss import diff_instruct_loss, dmd_loss, regression_loss
-from nano_dmd.fake_score import denoising_loss
-from nano_dmd.gan import gan_critic_loss, gan_generator_loss
-from nano_dmd.generator import update_ema
-from nano_dmd.parallel import averaging, end, first_then_others, leave, share, start, whole
+from nano_dmd.engine.build import prepare, set_learning_rates
+from nano_dmd.engine.config import (add_config_flags, describe, free_folder, parser, resolve,
+                                    resolve_resumed)
+from nano_dmd.engine.diagnostics import by_level, diagnose, to_floats
+from nano_dmd.engine.files import (UserError, append_line, check_writable, command,
+                                   load_checkpoint, own_state, read_json, save_checkpoint,
+                                   save_tensors, write_json)
+from nano_dmd.engine.machine import Clock, compiled, machine, pick_device, use_threads
+from nano_dmd.engine.parallel import end, leave, share, start, whole
+from nano_dmd.engine.progress import Peek, report_progress
+from nano_dmd.engine.runs import open_folder, restore, state
+from nano_dmd.evaluate import latent_rows, quick, rows
+from nano_dmd.methods import METHODS, train_step
+from nano_dmd.metrics.sets import table
 from nano_dmd.plot import have_matplotlib, plot_run
-from nano_dmd.presets import (PRESETS, Config, add_config_flags, describe, free_folder, parser,  # noqa: F401 (PRESETS: public)
-                              resolve, resolve_resumed)
-from nano_dmd.sid_loss import sid_loss
-from nano_dmd.teacher import fast_bf16
-from nano_dmd.zoo import RECIPES, compiled, save_teacher
-
-
-class Method(NamedTuple):
-    """A method is its two lists of (name of the weight in Config, loss(x, nets, batch, cfg) -> scalar)."""
-
-    generator: list
-    critic: list
-
-
-FAKE, DISC = ("w_fake", denoising_loss), ("w_disc", gan_critic_loss)
-METHODS = {
-    "dmd": Method(generator=[("w_dm", dmd_loss), ("w_reg", regression_loss)], critic=[FAKE]),
-    "dmd2": Method(generator=[("w_dm", dmd_loss), ("w_gan", gan_generator_loss)], critic=[FAKE, DISC]),
-    "sid": Method(generator=[("w_sid", sid_loss)], critic=[FAKE]),
-    "diff_instruct": Method(generator=[("w_dm", diff_instruct_loss)], critic=[FAKE]),
-    "regression": Method(generator=[("w_reg", regression_loss)], critic=[]),         # the control for dmd
-}
-
-
-def train_step(nets, opts, draw, cfg, step=10**9):
-    """cfg.critic_steps critic updates, then one generator update (that is one "step"), then the average.
-
-    nets, opts, draw come from assemble.py; step counts from 0 and only sets the ramp of the average.
-    returns {loss name: scalar tensor}, unweighted, still on the device.
-
-    The generator does not move during the critic's updates, so the last of its batches serves both.
-    Differs: DMD2 steps the generator first, SiD draws that batch afresh (one more generator pass).
-    """
-    logs = {}
-
-    critic_requires_grad(nets, True)                              # 1. fit the critic to where G is now
-    for i in range(cfg.critic_steps):
-        batches = [draw() for _ in range(cfg.accumulate)]
-        with torch.set_grad_enabled(i == cfg.critic_steps - 1 and cfg.accumulate == 1):
-            xs = [nets.generator(b.z, b.cond, b.step, b.start) for b in batches]      # (B, *S) clean samples
-        update("critic", [x.detach() for x in xs], nets, opts, batches, cfg, logs)
-
-    critic_requires_grad(nets, False)                             # 2. move G; gradients pass *through* the critic
-    if cfg.accumulate > 1:                                        # many graphs would not fit: make them one by one
-        xs = (nets.generator(b.z, b.cond, b.step, b.start) for b in batches)
-    update("generator", xs, nets, opts, batches, cfg, logs)
-
-    update_ema(nets.ema, nets.generator, step, cfg.ema)           # 3. the copy we sample from
-    return logs
-
-
-def update(which, xs, nets, opts, batches, cfg, logs):
-    """One Adam step of opts[which] on sum_i weight_i * loss_i, the mean over batches (and, with several, processes).
-
-    Terms of weight 0 are not computed; logs gets every loss, unweighted, of the last batch.
-    """
-    terms = [(getattr(cfg, w), loss) for w, loss in getattr(METHODS[cfg.method], which) if getattr(cfg, w)]
-    if not terms:
-        return
-    opts[which].zero_grad(set_to_none=True)
-    for i, (x, batch) in enumerate(zip(xs, batches), 1):
-        with averaging(nets.parallel.get(which), last=i == len(batches)) as run:
-            losses = run(lambda: {loss.__name__: loss(x, nets, batch, cfg) for _, loss in terms})
-            (sum(w * loss for (w, _), loss in zip(terms, losses.values())) / len(batches)).backward()
-    if cfg.clip:
-        nn.utils.clip_grad_norm_([p for group in opts[which].param_groups for p in group["params"]], cfg.clip)
-    opts[which].step()
-    logs.update({name: loss.detach() for name, loss in losses.items()})
-
-
-def critic_requires_grad(nets, on):
-    nets.fake.requires_grad_(on)
-    nets.discriminator.requires_grad_(on)
-
-
-def learning_rate(step, cfg):
-    """Factor on both rates: linear warm-up, then linear decay to 0 from cfg.decay_from of the run."""
-    left = (1 - step / cfg.steps) / (1 - cfg.decay_from) if cfg.decay_from < 1 else 1.0
-    return min(1.0, left, (step + 1) / cfg.warmup if cfg.warmup else 1.0)
-
-
-def set_learning_rates(opts, step, cfg):
-    for name, opt in opts.items():
-        opt.param_groups[0]["lr"] = getattr(cfg, f"lr_{name}") * learning_rate(step, cfg)
 
 
 def train(cfg, nets, opts, draw, peek, out, step=0, seconds=(0.0, 0.0)):
@@ -134,7 +51,7 @@ def train(cfg, nets, opts, draw, peek, out, step=0, seconds=(0.0, 0.0)):
                           **to_floats(logs), **diagnose(METHODS[cfg.method].generator, nets, draw.latest, cfg),
                           by_sigma=by_level(draw.latest.seen))
             if cfg.eval_every and (done % cfg.eval_every == 0 or last):
-                record["metrics"] = evaluate.quick(nets.ema, draw.data, cfg.eval_images)
+                record["metrics"] = quick(nets.ema, draw.data, cfg.eval_images)
             if writes:
                 append_line(out / "log.jsonl", record)
                 peek.send(record)
@@ -168,41 +85,6 @@ def check_finite(history, nets):
     return []
 
 
-def report_progress(record, reference, bar):
-    """The numbers that matter on the bar; a visible warning when samples explode or collapse."""
-    std, spread = record["x_std"], record["spread"]
-    shown = dict(mesm=record["mesm"], fake=record["fake_loss"], spread=[spread])
-    bar.set_postfix({name: "-" if None in v else f"{sum(v):.3f}" for name, v in shown.items()})
-    if std is not None and std > 3 * reference["x_std"]:
-        bar.write(f"WARNING: samples explode: std {std:.3g}, the teacher's is {reference['x_std']:.3g}")
-    if spread is not None and spread < 0.3 * reference["spread"]:
-        bar.write(f"WARNING: samples collapse: spread {spread:.3g}, the teacher's is {reference['spread']:.3g}")
-
-
-def prepare(cfg, device, resumed=""):
-    """(Teacher, Nets, optimisers, Draw) of a run before its first step.  raises UserError where cfg does not fit together."""
-    weights = [w for w, _ in METHODS[cfg.method].generator]
-    if not any(getattr(cfg, w) for w in weights):
-        raise UserError(f"{cfg.method} has nothing to minimise: give one of {', '.join('--' + w for w in weights)} a weight")
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
-    data = load_data(cfg.data, device, cfg.flip) if cfg.data and not cfg.prompts else None      # a typo shows early
-    if data and not data.classes and cfg.teacher in RECIPES:      # before minutes or hours of training it
-        check_guidance(cfg, 0, {})
-    teacher = first_then_others(lambda: find_teacher(cfg, device, resumed))
-    prompts = first_then_others(lambda: find_prompts(cfg, teacher))
-    data = first_then_others(lambda: find_data(cfg, teacher, device, needs_data(cfg), data))
-    regress = cfg.w_reg and "w_reg" in weights
-    pairs = first_then_others(lambda: cached_pairs(cfg, teacher, device, prompts)) if regress else None
-    nets, opts = build(cfg, teacher, device)
-    return teacher, nets, opts, Draw(cfg, teacher, data, pairs, torch.Generator().manual_seed(cfg.seed), device, prompts)
-
-
-def needs_data(cfg):
-    """Only the GAN looks at real data, and the comparison with forward-noised inputs."""
-    return (cfg.method == "dmd2" and cfg.w_disc > 0) or (len(cfg.sigma_list()) > 1 and not cfg.backward_simulation)
-
-
 def run(cfg, resume=False):
     """Everything from a resolved Config to a finished run folder; returns the report, also in report.json.
 
@@ -232,8 +114,8 @@ def run(cfg, resume=False):
         save_tensors(out / "generator.safetensors", weights, sigmas=cfg.sigmas, preset=cfg.preset)
     peek.save(nets.ema, out / "samples.png", beside_teacher=True)
     control = {"regression only": control_row(cfg)} if cfg.control and cfg.method == "dmd" and processes == 1 else {}
-    rows = control | (evaluate.latent_rows(nets, teacher, draw, cfg) if is_latent(teacher) else
-                      evaluate.rows(nets.ema, teacher, draw.data, cfg.method, images=cfg.eval_images))
+    rows = control | (latent_rows(nets, teacher, draw, cfg) if teacher.kind == "text" else
+                      rows(nets.ema, teacher, draw.data, cfg.method, images=cfg.eval_images))
     leave()
     if rank:
         return None
@@ -242,20 +124,6 @@ def run(cfg, resume=False):
                   processes=processes, sources=draw.sources, **machine(device))
     write_json(out / "report.json", report)
     return report
-
-
-def open_folder(cfg, teacher, device, step, before, processes):
-    """What the run folder holds before the first step, and what the user should know by then."""
-    out = Path(cfg.out)
-    if cfg.bf16 and not fast_bf16(device):
-        print("bfloat16 is only emulated on this CPU: the networks run in float32, which is faster")
-    if before != processes:
-        print(f"resumed by {processes} processes instead of {before}: the same batches and noise, but sums in another order, "
-              "so the result agrees up to rounding and not to the bit")
-    remove_leftovers(out)
-    write_json(out / "config.json", asdict(cfg))
-    save_teacher(out, teacher.net, teacher.recipe)
-    trim_log(out / "log.jsonl", step)
 
 
 def control_row(cfg):
@@ -290,7 +158,7 @@ def main(argv=None):
         return
     if have_matplotlib():
         plot_run(cfg.out)
-    print(evaluate.table(report["rows"]))
+    print(table(report["rows"]))
     print(f"{report['seconds']:.0f} s of distillation ({report['cpu_seconds']:.0f} CPU s); "
           f"pictures and numbers are in {cfg.out}/")
 

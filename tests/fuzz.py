@@ -42,8 +42,10 @@ from PIL import Image
 from tqdm import tqdm
 
 import toy.__main__ as race
-from nano_dmd import (assemble, checkpoint, compare, data, evaluate, pictures, plot, presets,
-                      sample, stable_diffusion, train)
+from nano_dmd import compare, evaluate, plot, sample, train
+from nano_dmd.engine import build, config, files, pictures, runs
+from nano_dmd.metrics import images
+from nano_dmd.teachers import data, text_to_image
 from nano_dmd.teacher import load_teacher
 from tutorials import grade
 
@@ -221,8 +223,8 @@ def train_with(*flags):
 
 
 USES = {  # what a run folder is good for
-    "resume": lambda run: train.main(["--resume", f"--out={run}"]), "read": presets.read_config,
-    "load": evaluate.load_run, "teacher": lambda run: load_teacher(str(run), show=False),
+    "resume": lambda run: train.main(["--resume", f"--out={run}"]), "read": config.read_config,
+    "load": runs.load_run, "teacher": lambda run: load_teacher(str(run), show=False),
     "init": lambda run: train_with(f"--init={run}"),
     "distil": lambda run: train_with(f"--teacher={run}"),
     "sample": lambda run: sample.main([str(run), "--n=2", "--device=cpu", "--out=x.npy"])}
@@ -296,7 +298,7 @@ def floats(name, rng):
     yield from [(v, EITHER) for v in [rng.choice([*ODD_FLOAT, repr(rng.lognormvariate(0, 5))])]]
     yield "-1", EITHER if name in ("guidance", "fake_guidance", "alpha") else SENTENCE
     yield "5", SENTENCE if name in ("beta1", "beta2", "critic_dropout") else EITHER
-    yield str(getattr(presets.Config, name)), EITHER if name in ("w_gan", "w_disc") else WORKS
+    yield str(getattr(config.Config, name)), EITHER if name in ("w_gan", "w_disc") else WORKS
 
 
 def strings(name, rng):
@@ -313,7 +315,7 @@ def strings(name, rng):
 
 def flags(rng):
     argvs = [(argv, expect) for expect, some in ARGV.items() for argv in some]
-    for f in fields(presets.Config):
+    for f in fields(config.Config):
         kind, name, more = type(f.default), f.name, CONTEXT.get(f.name, [])
         if kind is bool:
             argvs += [([f"--{name}=yes"], SENTENCE), ([f"--no-{name}=0"], SENTENCE)]
@@ -333,20 +335,20 @@ ODD = {int: [True, 3.0], bool: [0, 1], float: [True, 10**17], str: [LONG, "\0", 
 def config(rng):
     uses = [("toy", "read"), ("toy", "load"), ("toy", "sample"), ("half", "resume")]
     rows = whole(rng)
-    for f in fields(presets.Config):
+    for f in fields(config.Config):
         kind = type(f.default)
         odd = {f.name: rng.sample(ODD[kind], 1)} if f.name not in LOOPS else {}
         table = changes(rng, {f.name: rng.sample([v for v in WRONG[kind] if v != DROP], 2)}, odd, 0)
         rows += [(f"{p}={show(v)}", partial(as_json, p, v), expect) for p, v, expect in table]
     rows += [(f"no {f.name}", partial(as_json, f.name, DROP), EITHER)
-             for f in rng.sample(fields(presets.Config), 9) if f.name not in LOOPS]
+             for f in rng.sample(fields(config.Config), 9) if f.name not in LOOPS]
     rows += [("extra", partial(as_json, "extra", 1), SENTENCE), ("same", lambda old: old, WORKS)]
     for name, content, expect in rows:
         run, use = rng.choice(uses[:3] if name.startswith(tuple(SLOW)) else uses)
         yield spoilt(run, "config.json", name, content, expect, use)
 
 
-# 3. checkpoint.pt.
+# 3. files.pt.
 
 GROUP, MOMENT = "opts.generator.param_groups.0.", "opts.generator.state.0.exp_avg"
 STATE = dict.fromkeys(["nets", "nets.generator", "nets.fake", "nets.ema", "opts", "opts.generator"],
@@ -433,15 +435,15 @@ def weights(rng):
 
 def classify():
     digits = data.load_data("digits")
-    evaluate.digit_classifier(digits).features(digits.x[:4])
+    images.digit_classifier(digits).features(digits.x[:4])
 
 
 def prompted(path):
-    stable_diffusion.read_prompts("random:tiny", str(path))[torch.tensor([0])]
+    text_to_image.read_prompts("random:tiny", str(path))[torch.tensor([0])]
 
 
 def latents():
-    found = stable_diffusion.Latents("random:tiny", str(BASE[0] / "pics"), (4, 8, 8), "cpu")
+    found = text_to_image.Latents("random:tiny", str(BASE[0] / "pics"), (4, 8, 8), "cpu")
     found.sample(3, torch.Generator())
 
 
@@ -526,7 +528,7 @@ def no_runs(main, argv):
 def reported(content):
     """compare finds a run that is done; its report is another one."""
     wanted = dict(preset="toy", method="sid", control=False)
-    put("cmp/sid/0/config.json", json.dumps(asdict(presets.resolve(wanted))))
+    put("cmp/sid/0/config.json", json.dumps(asdict(config.resolve(wanted))))
     put("cmp/sid/0/report.json", content)
     no_runs(compare.main, ["--preset=toy", "--seeds=1", "--out=cmp", "sid"])
 
@@ -657,7 +659,7 @@ def captions(name, content):
     """The captions in a folder of one image; they have to be texts."""
     put("set/a.png", picture())
     put(f"set/{name}", content)
-    found = stable_diffusion.captioned("set")[1]
+    found = text_to_image.captioned("set")[1]
     assert all(isinstance(c, str) for c in found), f"captions {found}"
 
 
@@ -671,7 +673,7 @@ def texts(rng):
             yield f"caption {show(content)}", partial(captions, "a.txt", content), expect
     for name in ["", "\0", "nowhere", LONG, "A/" * 3000, "\udcff", "."]:
         yield f"prompts at {show(name)}", partial(prompted, name), SENTENCE
-        yield f"captions at {show(name)}", partial(stable_diffusion.captioned, name), SENTENCE
+        yield f"captions at {show(name)}", partial(text_to_image.captioned, name), SENTENCE
     for expect, rows in [*ROWS.items(), (EITHER, [mutated(ROW, rng) for _ in range(15)])]:
         for row in rows:
             yield f"jsonl {show(row)}", partial(captions, "metadata.jsonl", row), expect
@@ -869,13 +871,13 @@ def attempt(case, loud):
     def body():
         try:
             case.run()
-        except checkpoint.UserError as e:
+        except files.UserError as e:
             said.append(str(e))
             raise
 
     signal.setitimer(signal.ITIMER_REAL, LIMIT)
     try:
-        checkpoint.command(body)
+        files.command(body)
         what, why = "done", ""
     except SystemExit as e:
         what = {None: "done", 0: "done", 2: "sentence"}.get(e.code, "traceback")
@@ -883,7 +885,7 @@ def attempt(case, loud):
     except Hang as e:
         what, why = "hang", place(e)
     except BaseException as e:
-        what, why = "traceback", f"{type(e).__name__}: {checkpoint.first_line(e)} ({place(e)})"
+        what, why = "traceback", f"{type(e).__name__}: {files.first_line(e)} ({place(e)})"
         if loud:
             traceback.print_exc()
     signal.setitimer(signal.ITIMER_REAL, 0)

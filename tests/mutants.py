@@ -61,7 +61,7 @@ def applied(mutant):
 
 
 DMD, SID, GAN = "nano_dmd.dmd_loss", "nano_dmd.sid_loss", "nano_dmd.gan"
-TRAIN, GENERATOR, TEACHER, NOISE = "nano_dmd.train", "nano_dmd.generator", "nano_dmd.teacher", "nano_dmd.noise"
+TRAIN, GENERATOR, TEACHER, NOISE = "nano_dmd.train", "nano_dmd.generator", "nano_dmd.denoiser", "nano_dmd.noise"
 DMD_SIZE = "(x - d_real).abs().flatten(1).mean(1).clamp(min=1e-5)"
 SID_SIZE = "expand((x - d_real).abs().flatten(1).mean(1).clamp(min=1e-5), x)"
 WHO_MOVES = {method: partial(on_losses.test_who_moves, method) for method in ("dmd", "dmd2", "sid")}
@@ -125,7 +125,7 @@ MUTANTS = [
     Mutant("regression: classes of another batch", "",
            f"{DMD}:regression_loss", "batch.pair_cond", "batch.cond", on_losses.test_regression_loss_by_hand),
     Mutant("regression: noise and image of different pairs", "",
-           "nano_dmd.assemble:Draw.__call__", "batch.pair_z = z[None]", "batch.pair_z = z.flip(0)[None]",
+           "nano_dmd.engine.build:Draw.__call__", "batch.pair_z = z[None]", "batch.pair_z = z.flip(0)[None]",
            on_losses.test_noise_image_pairs_stay_together),
     # ---- SiD
     Mutant("sid: sign of alpha", "",
@@ -259,7 +259,7 @@ MUTANTS = [
     Mutant("ema: no ramp", "",
            f"{GENERATOR}:update_ema", "min(half_life, 0.05 * step)", "half_life", on_generator.test_ema_ramp),
     Mutant("generator: noised data as multi-step input", "FastGen dmd2.py:107, DiffSynth issue 1617",
-           "nano_dmd.assemble:Draw.__call__", "if not cfg.backward_simulation:", "if True:",
+           "nano_dmd.engine.build:Draw.__call__", "if not cfg.backward_simulation:", "if True:",
            on_generator.test_training_inputs_do_not_depend_on_real_data),
     Mutant("generator: gradient through all steps", "what SiD-LSG does, on purpose",
            f"{GENERATOR}:Generator.forward", "torch.no_grad()", "torch.enable_grad()",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nano_dmd.checkpoint import UserError
+from nano_dmd.engine.files import UserError
 from tutorials import grade
 from tutorials.assignments import stubs
 from tutorials.assignments.checking import close, gradient, tensor

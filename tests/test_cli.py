@@ -20,12 +20,14 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
-from nano_dmd import assemble, checkpoint, compare, evaluate, fake_score, sid_loss, teacher, train
-from nano_dmd.checkpoint import command, load_checkpoint, load_tensors, read_json
-from nano_dmd.edm_networks import edm_network
-from nano_dmd.presets import PRESETS, Config, resolve, split
-from nano_dmd.teacher import EDM
-from nano_dmd.zoo import RECIPES, save_teacher
+from nano_dmd import compare, denoiser, evaluate, fake_score, methods, sid_loss, train
+from nano_dmd.engine import build, files, machine
+from nano_dmd.engine.files import command, load_checkpoint, load_tensors, read_json
+from nano_dmd.teachers.edm_networks import edm_network
+from nano_dmd.engine.config import Config, resolve, split
+from nano_dmd.presets import PRESETS
+from nano_dmd.denoiser import EDM
+from nano_dmd.teachers.zoo import RECIPES, save_teacher
 
 TOY = ["--preset", "toy", "--method", "sid", "--device", "cpu", "--teacher_steps", "50", "--batch", "32",
        "--steps", "12", "--log_every", "2", "--sample_every", "4", "--save_every", "3", "--warmup", "0", "--out", "out"]
@@ -50,10 +52,10 @@ def complain(tmp_path, monkeypatch, capfd):
     """complain(argv, main) -> the one sentence on stderr; nothing in the working folder or the cache may change."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "train", lambda *a: pytest.fail("the training was started"))
-    monkeypatch.setattr(teacher, "train_teacher", lambda *a: pytest.fail("the training of a teacher was started"))
+    monkeypatch.setattr(denoiser, "train_teacher", lambda *a: pytest.fail("the training of a teacher was started"))
 
     def run(argv, main=train.main):
-        folders = tmp_path, checkpoint.cache_dir()
+        folders = tmp_path, files.cache_dir()
         before = [snapshot(folder) for folder in folders]
         assert exit_code(main, argv) == 2
         err = capfd.readouterr().err
@@ -418,7 +420,7 @@ def last_words(tmp_path, monkeypatch, capfd, quick):
 
 def at_step(monkeypatch, number, action):
     """Call action() right before generator update `number`, counted from 1."""
-    real = train.train_step
+    real = methods.train_step
 
     def step(nets, opts, draw, cfg, step):
         if step + 1 == number:
@@ -446,8 +448,8 @@ def test_full_disk(last_words, monkeypatch):
     """The new checkpoint does not fit: one sentence, the old one intact, and the run goes on once there is room."""
     with monkeypatch.context() as patch:
         full = fail(OSError(errno.ENOSPC, "No space left on device"))
-        at_step(patch, 7, lambda: patch.setattr(checkpoint.os, "fsync", full))
-        patch.setattr(checkpoint.os, "fsync", lambda fd: None)
+        at_step(patch, 7, lambda: patch.setattr(files.os, "fsync", full))
+        patch.setattr(files.os, "fsync", lambda fd: None)
         patch.setattr(train, "append_line", lambda *a: None)
         text = last_words([*TOY, "--sample_every", "50"])
         assert text.startswith("error: cannot write out/checkpoint.pt: No space left on device; free some space")
@@ -538,7 +540,7 @@ def test_nan_gradient_of_a_finite_loss(last_words, monkeypatch, step):
 def test_warnings(monkeypatch, tmp_path, quick, capfd, scale, word):
     """Samples far from the teacher's spread are announced while there is time to stop."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(assemble, "heun", lambda denoiser, z, cond=None: scale * z)
+    monkeypatch.setattr(build, "heun", lambda denoiser, z, cond=None: scale * z)
     train.main(TOY)
     out = capfd.readouterr().out
     assert f"WARNING: samples {word}: " in out and "the teacher's is" in out
@@ -547,7 +549,7 @@ def test_warnings(monkeypatch, tmp_path, quick, capfd, scale, word):
 
 def test_no_warning_without_reason(monkeypatch, tmp_path, quick, capfd):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(assemble, "heun", teacher.heun)
+    monkeypatch.setattr(build, "heun", denoiser.heun)
     train.main(TOY)
     assert "WARNING" not in capfd.readouterr().out
 
@@ -559,7 +561,7 @@ def test_a_busy_machine_is_noticed(load, threads, said, monkeypatch, capsys):
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     try:
-        assemble.use_threads(threads, torch.device("cpu"))
+        machine.use_threads(threads, torch.device("cpu"))
         assert torch.get_num_threads() == threads and ("--threads 1" in capsys.readouterr().err) == said
     finally:
         torch.set_num_threads(before)

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from nano_dmd import evaluate
-from nano_dmd.checkpoint import UserError
-from nano_dmd.data import load_data
+from nano_dmd.engine import runs
+from nano_dmd.metrics import images, points, sets
+from nano_dmd.engine.files import UserError
+from nano_dmd.teachers.data import load_data
 from toy.mixtures import MIXTURES, Mixture
 
 
@@ -18,7 +20,7 @@ def test_frechet_of_gaussians_with_commuting_covariances():
     a, b, m = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0, 0.5]), torch.tensor([1.0, -1.0, 0.0])
     expected = (m.square().sum() + (a - b).square().sum()).item()                     # 2 + 1 + 0 + 6.25
     assert expected == 9.25
-    assert evaluate.frechet(x * a, x * b + m) == pytest.approx(expected, rel=1e-10)
+    assert sets.frechet(x * a, x * b + m) == pytest.approx(expected, rel=1e-10)
 
 
 def test_frechet_against_an_independent_matrix_root():
@@ -29,25 +31,25 @@ def test_frechet_against_an_independent_matrix_root():
     cx, cy = x.double().T.cov(), y.double().T.cov()
     cross = torch.linalg.eigvals(cx @ cy).real.clamp(min=0).sqrt().sum()
     expected = (x.double().mean(0) - y.double().mean(0)).square().sum() + cx.trace() + cy.trace() - 2 * cross
-    assert evaluate.frechet(x, y) == pytest.approx(expected.item(), rel=1e-8)
-    assert evaluate.frechet(x, x) == pytest.approx(0, abs=1e-6)
+    assert sets.frechet(x, y) == pytest.approx(expected.item(), rel=1e-8)
+    assert sets.frechet(x, x) == pytest.approx(0, abs=1e-6)
 
 
 def test_coverage_by_hand():
     """Four points on a line, 1-NN balls of radius 1; queries in the middle of a ball, on no ball, far away."""
     by = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
     of = torch.tensor([[0.5], [2.0], [5.0], [100.0]])
-    assert evaluate.coverage(of, by, k=1) == 0.5
-    assert evaluate.coverage(by, by, k=1) == 1.0
+    assert sets.coverage(of, by, k=1) == 0.5
+    assert sets.coverage(by, by, k=1) == 1.0
 
 
 def test_sliced_w2_of_a_shift():
     """Moving every point by v costs |v . d| in direction d: sqrt(mean over the half circle) = |v| / sqrt 2."""
     x = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     v = torch.tensor([0.3, -0.4], dtype=torch.float64)
-    a, b, c = (evaluate.projections(y.float()) for y in (x, x + v, x[torch.randperm(1000)]))
-    assert evaluate.sliced_w2(a, b) == pytest.approx(0.5 / math.sqrt(2), rel=1e-4)
-    assert evaluate.sliced_w2(a, c) == pytest.approx(0, abs=1e-6)
+    a, b, c = (points.projections(y.float()) for y in (x, x + v, x[torch.randperm(1000)]))
+    assert points.sliced_w2(a, b) == pytest.approx(0.5 / math.sqrt(2), rel=1e-4)
+    assert points.sliced_w2(a, c) == pytest.approx(0, abs=1e-6)
 
 
 def test_true_samples_score_as_true():
@@ -66,26 +68,26 @@ def test_true_samples_score_as_true():
 def test_spoiled_samples_are_noticed(spoil, metric, bad):
     ring = MIXTURES["ring8"]()
     x = ring.sample(20_000, torch.Generator().manual_seed(0))[0]
-    assert evaluate.mixture_metrics(spoil(x, ring), ring)[metric] <= bad
+    assert points.mixture_metrics(spoil(x, ring), ring)[metric] <= bad
 
 
 def test_weight_error_is_the_largest_relative_error():
     """Weights 1.6 and 0.4 against uniform: 0.6."""
     skewed, ring = MIXTURES["ring8_skewed"](), MIXTURES["ring8"]()
     x = skewed.sample(100_000, torch.Generator().manual_seed(0))[0]
-    assert evaluate.mixture_metrics(x, ring)["weight_error"] == pytest.approx(0.6, abs=0.03)
+    assert points.mixture_metrics(x, ring)["weight_error"] == pytest.approx(0.6, abs=0.03)
 
 
 def test_image_metrics_see_what_each_other_misses():
     """Class means fool accuracy, noisy copies fool the Frechet distance; recall and nearest tell."""
     data = load_data("digits")
-    net = evaluate.digit_classifier(data)
-    real = evaluate.split_halves(data)
+    net = images.digit_classifier(data)
+    real = images.split_halves(data)
     assert real["accuracy"] > 0.95 and real["recall"] > 0.9 and real["fd"] < 0.4
     means = torch.stack([data.x[data.labels == c].mean(0) for c in range(10)])[data.labels]
-    fooled = evaluate.image_metrics(means, data.labels, data, net)
+    fooled = images.image_metrics(means, data.labels, data, net)
     assert fooled["accuracy"] == 1.0 and fooled["recall"] < 0.1 and fooled["fd"] > 10 * real["fd"]
-    copies = evaluate.image_metrics(data.x, data.labels, data, net)
+    copies = images.image_metrics(data.x, data.labels, data, net)
     assert copies["nearest"] == pytest.approx(0, abs=1e-2) and copies["fd"] == pytest.approx(0, abs=1e-4)
     with torch.no_grad():
         assert (net(data.x[1::2]).argmax(1) == data.labels[1::2]).float().mean() > 0.95   # images it never saw
@@ -101,8 +103,8 @@ def test_measure_depends_on_nothing_but_the_sampler():
 
 def test_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(UserError, match="cannot read .*config.json.*is this a run folder"):
-        evaluate.load_run(tmp_path)
+        runs.load_run(tmp_path)
 
 
 def test_table_aligns_and_marks_what_is_missing():
-    assert evaluate.table({"a": {"x": 1.23456, "n": 8}, "bb": {"x": 0.5}}) == "       x  n\na   1.23  8\nbb   0.5  -"
+    assert sets.table({"a": {"x": 1.23456, "n": 8}, "bb": {"x": 0.5}}) == "       x  n\na   1.23  8\nbb   0.5  -"

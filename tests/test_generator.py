@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from nano_dmd.assemble import Draw
+from nano_dmd.engine.draw import Draw
 from nano_dmd.generator import Generator, update_ema
-from nano_dmd.presets import resolve
-from nano_dmd.teacher import Teacher, lerp
+from nano_dmd.engine.config import resolve
+from nano_dmd.denoiser import lerp
+from nano_dmd.teacher import Teacher
 from test_losses import rng, small_net, tensor
 from toy.mixtures import MIXTURES
 

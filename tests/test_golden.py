@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from nano_dmd.dmd_loss import dmd_gradient
 from nano_dmd.sid_loss import sid_integrand
-from nano_dmd.teacher import edm_loss
+from nano_dmd.denoiser import edm_loss
 
 NETWORKS = ("ddpmpp_cond", "adm_cond", "ncsnpp_uncond")
 

@@ -23,17 +23,22 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from nano_dmd.assemble import Draw, Nets, build
+from nano_dmd.engine.build import build
+from nano_dmd.engine.draw import Draw
+from nano_dmd.methods import Nets
 from nano_dmd.dmd_loss import diff_instruct_loss, dmd_gradient, dmd_loss, regression_loss
 from nano_dmd.fake_score import FakeScore, denoising_loss
-from nano_dmd.gan import critic_logit_loss, gan_critic_loss, gan_generator_loss, generator_logit_loss
+from nano_dmd.gan import (critic_logit_loss, gan_critic_loss, gan_generator_loss,
+                          generator_logit_loss)
 from nano_dmd.networks import MLP
-from nano_dmd.noise import Batch, add_noise, expand
-from nano_dmd.presets import resolve
+from nano_dmd.engine.draw import Batch
+from nano_dmd.noise import add_noise, expand
+from nano_dmd.engine.config import resolve
 from nano_dmd.real_score import RealScore
 from nano_dmd.sid_loss import sid_integrand, sid_loss
-from nano_dmd.teacher import EDM, Teacher, edm_loss
-from nano_dmd.train import METHODS, Method, train_step, update
+from nano_dmd.denoiser import EDM, edm_loss
+from nano_dmd.teacher import Teacher
+from nano_dmd.methods import METHODS, Method, train_step, update
 from toy.mixtures import MIXTURES, Mixture
 
 EXACT = dict(rtol=1e-12, atol=1e-12)

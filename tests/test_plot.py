@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from nano_dmd import plot
-from nano_dmd.checkpoint import UserError, command
-from nano_dmd.diagnostics import LEVELS
+from nano_dmd.engine.files import UserError, command
+from nano_dmd.engine.diagnostics import LEVELS
 
 
 @pytest.fixture

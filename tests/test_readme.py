@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nano_dmd import train
+from nano_dmd import methods, train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -24,7 +24,7 @@ def test_the_listing_is_the_source():
     listing = blocks("python")[0]
     source = inspect.getsource(train)
     methods = source[source.index("METHODS = {"):source.index("def train_step")].strip()
-    step = re.sub(r' +""".*?"""\n', "", inspect.getsource(train.train_step), count=1, flags=re.S).strip()
+    step = re.sub(r' +""".*?"""\n', "", inspect.getsource(methods.train_step), count=1, flags=re.S).strip()
     assert listing.strip() == f"{methods}\n\n{step}"
 
 

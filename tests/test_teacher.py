@@ -12,8 +12,10 @@ from torch.testing import assert_close
 
 from nano_dmd.networks import MLP, UNet
 from nano_dmd.noise import add_noise, draw_sigma, expand, karras, karras_sigmas, parse_sigma
-from nano_dmd.real_score import RealScore, score
-from nano_dmd.teacher import EDM, FromEps, FromV, heun, make_pairs
+from nano_dmd.denoiser import score
+from nano_dmd.real_score import RealScore
+from nano_dmd.denoiser import EDM, FromEps, FromV, heun
+from nano_dmd.teacher import make_pairs
 from test_losses import normal, rng, small_net, tensor
 from toy.mixtures import MIXTURES, Mixture
 

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from nano_dmd import bench, cache, compare, data, evaluate, fid, pictures, plot, presets, sample, train
-from nano_dmd.checkpoint import UserError, write_json
+from nano_dmd import bench, compare, evaluate, methods, plot, sample, train
+from nano_dmd.engine import cache, config, pictures, runs
+from nano_dmd.metrics import inception, sets
+from nano_dmd.teachers import data
+from nano_dmd.engine.files import UserError, write_json
 from nano_dmd.teacher import Teacher
 
 TINY = ["--teacher_steps", "30", "--steps", "3", "--batch", "16"]
@@ -73,7 +76,7 @@ def test_a_run_folder_is_a_teacher(digits_run):
     from nano_dmd.teacher import load_teacher
 
     teacher = load_teacher(digits_run)
-    _, same, generator = evaluate.load_run(digits_run)
+    _, same, generator = runs.load_run(digits_run)
     z = torch.ones(2, 1, 8, 8)
     assert torch.equal(teacher.denoiser(z, torch.ones(2)), same.denoiser(z, torch.ones(2)))
     assert teacher.shape == (1, 8, 8) and teacher.classes == 10
@@ -83,7 +86,7 @@ def test_a_run_folder_is_a_teacher(digits_run):
 def test_bench_has_every_method_and_part(capsys):
     bench.main(["--preset", "digits", *TINY, "--repeats", "1", "--pairs", "20", "--pair_steps", "2"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[2:]] == list(train.METHODS)
+    assert [line.split()[0] for line in lines[2:]] == list(methods.METHODS)
     header = lines[1]
     for column in ("net forward ms", "G forward ms", "critic update ms", "G update ms", "whole step ms", "images/s",
                    "peak %", "memory MiB"):
@@ -93,7 +96,7 @@ def test_bench_has_every_method_and_part(capsys):
 
 def test_bench_of_a_batch_in_parts(private_cache):
     """--accumulate: the bare network is timed on a part, as the generator is (it once got the whole batch's noise levels)."""
-    cfg = presets.resolve(dict(preset="toy", method="sid", teacher_steps=5, batch=32, accumulate=2, device="cpu"))
+    cfg = config.resolve(dict(preset="toy", method="sid", teacher_steps=5, batch=32, accumulate=2, device="cpu"))
     assert bench.bench(cfg, 1)["net forward ms"] > 0
 
 
@@ -128,7 +131,7 @@ def test_flags_that_all_rows_share_are_not_repeated():
 
 
 def test_the_command_line_knows_every_method():
-    assert tuple(train.METHODS) == presets.METHOD_NAMES
+    assert tuple(methods.METHODS) == config.METHOD_NAMES
 
 
 # ---- compare: what counts as a finished run, and what is said of one that died
@@ -138,7 +141,7 @@ def test_a_run_of_other_settings_is_not_ones_own(tmp_path, monkeypatch):
     """A folder with another preset, another batch or another seed: one sentence; what does not change the result may differ."""
     monkeypatch.setattr(compare.subprocess, "run", lambda *a, **k: pytest.fail("a run was started"))
     settings = compare.parse_row("toy", "sid --batch 8")
-    write_json(tmp_path / "config.json", dataclasses.asdict(presets.resolve(settings | {"out": "elsewhere", "device": "cuda"})))
+    write_json(tmp_path / "config.json", dataclasses.asdict(config.resolve(settings | {"out": "elsewhere", "device": "cuda"})))
     write_json(tmp_path / "report.json", dict(rows={"sid": {"sw2": 1.0}}, cpu_seconds=1, seconds=2))
     assert compare.run_once(settings, tmp_path)["rows"]["sid"]["sw2"] == 1
     for other, said in ((compare.parse_row("digits", "sid --batch 8"), "a run with preset toy, not digits"),
@@ -152,7 +155,7 @@ def test_a_run_of_other_settings_is_not_ones_own(tmp_path, monkeypatch):
                                     '{"rows": {"sid": {"sw2": 1}}, "seconds": 2}'], ids=lambda r: r[:40])
 def test_a_damaged_report_is_one_sentence(tmp_path, report):
     settings = compare.parse_row("toy", "sid")
-    write_json(tmp_path / "config.json", dataclasses.asdict(presets.resolve(settings)))
+    write_json(tmp_path / "config.json", dataclasses.asdict(config.resolve(settings)))
     (tmp_path / "report.json").write_text(report)
     with pytest.raises(UserError, match="report.json"):
         compare.run_once(settings, tmp_path)
@@ -177,9 +180,9 @@ def test_a_row_becomes_the_command_line_of_its_run(tmp_path, monkeypatch):
     settings = compare.parse_row("toy", "dmd2 --w_gan 0.1 --w_disc=3e-2 --no-bf16 --dm_sigma 'lognormal(-1, 1)'") | {"seed": 7}
     with pytest.raises(UserError):
         compare.run_once(settings, tmp_path)
-    p = presets.parser("x", "")
-    presets.add_config_flags(p)
-    assert presets.resolve(vars(p.parse_args(seen[0]))) == presets.resolve(settings | {"out": str(tmp_path)})
+    p = config.parser("x", "")
+    config.add_config_flags(p)
+    assert config.resolve(vars(p.parse_args(seen[0]))) == config.resolve(settings | {"out": str(tmp_path)})
     out = []
     monkeypatch.setattr(compare, "compare", lambda preset, rows, seeds, out_, *a: out.append(out_) or {"sid": {"fd": (1.0, 0.0)}})
     compare.main(["--preset", "toy", "sid"])
@@ -237,16 +240,16 @@ def test_few_images_have_the_metrics_they_can_have(count, tmp_path, capsys):
     halves = rows.get("real halves", {"fixed_recall": None})
     assert ("real halves" in rows) == (count > 1) and (halves["fixed_recall"] is None) == (count < 12)
     write_json(tmp_path / "x.json", rows)
-    assert "NaN" not in (tmp_path / "x.json").read_text() and evaluate.table(rows)
+    assert "NaN" not in (tmp_path / "x.json").read_text() and sets.table(rows)
 
 
 @pytest.mark.parametrize("count", [1, 3, 4])
 def test_few_images_on_inception_features(count, monkeypatch):
     """kid needs two images, precision and recall four; what is not there is None, and the call ends well."""
     features = lambda net, images, device: [torch.randn(len(images), 2048), torch.randn(len(images), 1008)]           # noqa: E731
-    monkeypatch.setattr(fid, "load_inception", lambda *a: None)
-    monkeypatch.setattr(fid, "inception_features", features)
-    found = fid.inception_metrics(range(count), range(count))
+    monkeypatch.setattr(inception, "load_inception", lambda *a: None)
+    monkeypatch.setattr(inception, "inception_features", features)
+    found = inception.inception_metrics(range(count), range(count))
     assert [name for name, v in found.items() if v is None] == {1: ["fid", "kid", "precision", "recall"],
                                                                 3: ["precision", "recall"], 4: []}[count]
 
@@ -283,7 +286,7 @@ def test_a_report_on_other_data_is_not_ones_own(tmp_path, monkeypatch):
     (tmp_path / "imgs").mkdir()
     (tmp_path / "imgs" / "a.png").write_text("1")
     settings = compare.parse_row("digits", f"dmd2 --data {tmp_path / 'imgs'}")
-    cfg = presets.resolve(settings)
+    cfg = config.resolve(settings)
     write_json(tmp_path / "config.json", dataclasses.asdict(cfg))
     write_json(tmp_path / "report.json", dict(rows={"dmd2": {}}, cpu_seconds=1, seconds=2, sources=cache.sources(cfg)))
     assert compare.run_once(settings, tmp_path)["seconds"] == 2

@@ -14,7 +14,8 @@ from PIL import Image
 
 import toy.__main__ as toy
 from nano_dmd import compare, evaluate, train
-from nano_dmd.checkpoint import UserError, command, load_tensors
+from nano_dmd.metrics import points
+from nano_dmd.engine.files import UserError, command, load_tensors
 from nano_dmd.dmd_loss import dmd_gradient
 from toy import plots
 from toy.mixtures import MIXTURES, Mixture
@@ -26,7 +27,7 @@ ROLES = dict(real=plots.REAL, fake=plots.FAKE, teacher=plots.TEACHER, gradient=p
 
 def measure_little(sample, data, draws=5, k=1, images=0):
     """The metrics of 500 points instead of 250,000."""
-    return evaluate.mixture_metrics(sample(torch.randn(1, 500, 2), None), data)
+    return points.mixture_metrics(sample(torch.randn(1, 500, 2), None), data)
 
 
 def in_this_process(arguments, capture_output, text):

@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from nano_dmd.checkpoint import UserError
+from nano_dmd.engine.files import UserError
 from tutorials import equations, run
 
 ROOT = Path(__file__).parents[1]

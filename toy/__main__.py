@@ -13,15 +13,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nano_dmd.assemble import pick_device, use_threads
-from nano_dmd.checkpoint import UserError, command
+from nano_dmd.engine.machine import pick_device, use_threads
+from nano_dmd.engine.files import UserError, command
 from nano_dmd.compare import as_text, compare, folder_names, parse_row
-from nano_dmd.evaluate import load_run
+from nano_dmd.engine.runs import load_run
 from nano_dmd.plot import MISSING, have_matplotlib, save_figure
-from nano_dmd.presets import METHOD_NAMES, as_number, number, parser, resolve
-from nano_dmd.real_score import score
-from nano_dmd.teacher import heun
-from nano_dmd.train import prepare, set_learning_rates, train_step
+from nano_dmd.engine.config import METHOD_NAMES, as_number, number, parser, resolve
+from nano_dmd.denoiser import score
+from nano_dmd.denoiser import heun
+from nano_dmd.engine.build import prepare, set_learning_rates
+from nano_dmd.methods import train_step
 from toy.mixtures import MIXTURES
 from toy.plots import FAKE, REAL, TEACHER, field_figure, lattice, movie_frames, samples_figure, save_movie
 

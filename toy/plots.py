@@ -9,7 +9,7 @@ import io
 import numpy as np
 import torch
 
-from nano_dmd.checkpoint import write_atomic
+from nano_dmd.engine.files import write_atomic
 from nano_dmd.plot import figure
 
 REAL, FAKE, TEACHER, GRADIENT = "#0072B2", "#D55E00", "#009E73", "#AA3377"             # safe for colour-blind readers

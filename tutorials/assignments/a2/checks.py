@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nano_dmd.noise import add_noise, expand
-from nano_dmd.teacher import EDM, edm_loss
+from nano_dmd.denoiser import EDM, edm_loss
 from toy.mixtures import Mixture
 from tutorials.assignments.checking import Assignment, close, gradient, holds, tensor
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from nano_dmd.noise import add_noise, expand
-from nano_dmd.real_score import score
+from nano_dmd.denoiser import score
 from nano_dmd.sid_loss import sid_integrand
 
 # ---- given: tools to try things with --------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""What a run needs.  No concept imports it."""

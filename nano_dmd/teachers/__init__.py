@@ -1,0 +1,1 @@
+"""Where denoisers and data come from."""
