@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -58,6 +58,17 @@ def _complain(sentence):
 def out_of_memory(error):
     """A GPU's full memory has a type of its own, a CPU's is a RuntimeError that says so."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def blame(what, advice=""):
+    """Whatever goes wrong inside becomes one UserError: what, the reason, advice."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"{what}: {first_line(e)}" + f"; {advice}" * bool(advice)) from e
 
 
 def first_line(error, length=120):
