@@ -1,9 +1,9 @@
-"""Teachers: the diffusion models to be distilled, all behind one signature.
+"""The one contract of this package, and everything that fulfils it.
 
     Denoiser:  D(x, sigma, cond=None) -> E[x0 | x0 + sigma * eps = x, cond]
 
-An exact mixture, an EDM network and eps- or v-prediction networks all become this, here and nowhere
-else; every loss is written in it. The score follows by Tweedie's formula, (D(x, sigma) - x) / sigma^2.
+An exact mixture, an EDM network and eps- or v-prediction networks become this here and nowhere else.
+Every loss is written in it. Tweedie's formula gives the score: (D(x, sigma) - x) / sigma^2.
 
 EDM = Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models".
 """
@@ -15,25 +15,34 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nano_dmd.noise import add_noise, draw_noise, draw_sigma, expand, karras_sigmas
+from nano_dmd.noise import add_noise, draw_sigma, expand, karras_sigmas
 
 
 class Denoiser(Protocol):
-    """x (B, *S) float32; sigma (B,) > 0; cond None | (B,) int64.  Returns (B, *S), differentiable in x."""
+    """x (B, *S) float32; sigma (B,) > 0; cond None | (B,) int64 classes | (B, T, C) text embeddings.
+
+    Returns (B, *S), differentiable in x.
+    """
 
     def __call__(self, x, sigma, cond=None): ...
 
 
-class EDM(nn.Module):
-    """EDM's preconditioning (table 1): the network always sees unit variance and predicts unit variance.
+def score(denoiser, x, sigma, cond=None):
+    """grad log p(x; sigma) = (D(x, sigma) - x) / sigma^2.  x (B, *S), sigma (B,); returns (B, *S)."""
+    return (denoiser(x, sigma, cond) - x) / expand(sigma, x) ** 2
 
-    D(x, sigma) = c_skip x + c_out F(c_in x, ln(sigma) / 4).  With bf16, F alone runs in bfloat16: sigma
-    reaches 80, so x is scaled first and everything outside F stays float32.
+
+class EDM(nn.Module):
+    """EDM's preconditioning (table 1): the network sees unit variance and predicts unit variance.
+
+    D(x, sigma) = c_skip x + c_out F(c_in x, ln(sigma) / 4).  With bf16, F alone runs in bfloat16.
+    Sigma reaches 80, so x is scaled first, and everything outside F stays float32.
     """
 
     def __init__(self, net, sigma_data=0.5, bf16=False):
         super().__init__()
-        self.net, self.sigma_data, self.bf16 = net, sigma_data, bf16
+        self.net, self.bf16 = net, bf16
+        self.sigma_data = sigma_data
 
     def _call(self, function, x, sigma, cond):
         c_in = (sigma**2 + self.sigma_data**2).rsqrt()
@@ -53,7 +62,7 @@ class EDM(nn.Module):
 class FromEps(nn.Module):
     """A variance-preserving eps-prediction network net(x_vp, t, cond) as a Denoiser.
 
-    x_vp = x / sqrt(1 + sigma^2) and x0 = x - sigma * eps.  alphas_cumprod (T,) is the training schedule;
+    x_vp = x / sqrt(1 + sigma^2) and x0 = x - sigma * eps.  alphas_cumprod (T,) is the training schedule.
     sigma -> t is the nearest log-sigma of its table (searchsorted is off by one on 200 of SD's 1000).
     """
 
@@ -61,14 +70,14 @@ class FromEps(nn.Module):
         super().__init__()
         self.net, self.bf16 = net, bf16
         abar = alphas_cumprod.double()
-        self.register_buffer("sigmas", ((1 - abar) / abar).sqrt().float())            # (T,) ascending
+        self.register_buffer("sigmas", ((1 - abar) / abar).sqrt().float())     # (T,) ascending
 
     def timestep(self, sigma):
         """(B,) sigma -> (B,) int64 index of the nearest log-sigma."""
         return (sigma.log()[:, None] - self.sigmas.log()[None]).abs().argmin(1)
 
     def within(self, x, sigma):
-        """x and sigma, both scaled down where sigma lies beyond the table: all is noise there, whatever its size."""
+        """x and sigma, both scaled down where sigma is beyond the table: only noise is there."""
         end = sigma.clamp(max=self.sigmas[-1])
         return expand(end / sigma, x) * x, end
 
@@ -100,34 +109,36 @@ class FromV(FromEps):
 def heun(denoiser, z, cond=None, steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """EDM's deterministic sampler (algorithm 1): 2 * steps - 1 network evaluations.
 
-    z (B, *S) is unit normal noise; returns x (B, *S) in z's dtype; float64 between network calls.
+    z (B, *S) is unit normal noise; returns x (B, *S) in z's dtype.  float64 between network calls.
     """
     sigmas = [*karras_sigmas(steps, sigma_min, sigma_max, rho).tolist(), 0.0]
     x = z.double() * sigmas[0]
 
-    def slope(x, sigma):                                          # dx / dsigma of the probability-flow ODE
+    def slope(x, sigma):                           # dx / dsigma of the probability-flow ODE
         d = denoiser(x.to(z.dtype), z.new_full(z.shape[:1], sigma), cond)
         return (x - d.double()) / sigma
 
     for sigma, following in zip(sigmas, sigmas[1:]):
-        here = slope(x, sigma)
-        x_euler = x + (following - sigma) * here
-        x = x_euler if following == 0 else x + (following - sigma) * (here + slope(x_euler, following)) / 2
+        here, step = slope(x, sigma), following - sigma
+        euler = x + step * here
+        x = euler if following == 0 else x + step * (here + slope(euler, following)) / 2
     return x.to(z.dtype)
 
 
 def edm_loss(denoiser, x, sigma, noise, cond=None, sigma_data=0.5):
-    """EDM's denoising loss (eq. 8), per element:  (sigma^2 + sd^2) / (sigma sd)^2 * (D(x + sigma noise) - x)^2.
+    """EDM's denoising loss (eq. 8), per element: w(sigma) (D(x + sigma noise) - x)^2.
 
-    x, noise (B, *S), sigma (B,).  DMD2's critic weight 1/sigma^2 + 1/sd^2 (edm_guidance.py:152) is the same.
+    x, noise (B, *S), sigma (B,).  w = (sigma^2 + sd^2) / (sigma sd)^2 = 1 / sigma^2 + 1 / sd^2, which is
+    also DMD2's weight (edm_guidance.py:152).
     """
     weight = 1 / sigma**2 + 1 / sigma_data**2
     return expand(weight, x) * (denoiser(add_noise(x, sigma, noise), sigma, cond) - x) ** 2
 
 
-def train_teacher(denoiser, draw, recipe, show=True):
-    """Fit an EDM denoiser to draw(n) -> (x, cond) by denoising; returns the averaged copy (EMA).
+def train_denoiser(denoiser, draw, recipe, show=True):
+    """Fit a denoiser to draw(n) -> (x, cond) by denoising; returns its moving average, frozen.
 
+    recipe  steps, batch, lr, ema (half-life in steps), sigma (noise), sigma_data, label_dropout
     The learning rate warms up for 50 steps and falls linearly to 0 over the second half.
     """
     ema, steps = copy.deepcopy(denoiser), recipe["steps"]
@@ -136,14 +147,17 @@ def train_teacher(denoiser, draw, recipe, show=True):
     for step in bar:
         opt.param_groups[0]["lr"] = recipe["lr"] * min(1, (step + 1) / 50, 2 * (1 - step / steps))
         x, cond = draw(recipe["batch"])
-        if recipe["label_dropout"] and cond is not None:          # -1 = no class, what guidance asks for
-            cond = cond.masked_fill(torch.rand(len(cond), device=x.device) < recipe["label_dropout"], -1)
+        if recipe["label_dropout"] and cond is not None:       # -1 = no class: guidance asks for it
+            drop = torch.rand(len(cond), device=x.device) < recipe["label_dropout"]
+            cond = cond.masked_fill(drop, -1)
         sigma = draw_sigma(recipe["sigma"], len(x), x.device)
-        loss = edm_loss(denoiser, x, sigma, draw_noise(x), cond, recipe["sigma_data"]).mean()
+        noise = torch.randn(x.shape, device=x.device)
+        loss = edm_loss(denoiser, x, sigma, noise, cond, recipe["sigma_data"]).mean()
         opt.zero_grad()
         loss.backward()
         opt.step()
-        lerp(ema, denoiser, 1 - 0.5 ** (1 / min(recipe["ema"], 1 + 0.1 * step)))
+        half_life = min(recipe["ema"], 1 + 0.1 * step)
+        lerp(ema, denoiser, 1 - 0.5 ** (1 / half_life))
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
     return ema.requires_grad_(False).eval()
@@ -151,11 +165,11 @@ def train_teacher(denoiser, draw, recipe, show=True):
 
 @torch.no_grad()
 def lerp(slow, fast, weight):
-    """Move every parameter of slow towards fast by weight in [0, 1] (buffers are constants; LoRA's shared weights stay)."""
+    """Move every parameter of slow towards fast by weight in [0, 1].  Shared parameters stay (LoRA)."""
     moving = [(s, f) for s, f in zip(slow.parameters(), fast.parameters()) if s is not f]
     torch._foreach_lerp_(*map(list, zip(*moving)), weight)
 
 
-def score(denoiser, x, sigma, cond=None):
-    """grad log p(x; sigma) = (D(x, sigma) - x) / sigma^2 (Tweedie).  x (B, *S), sigma (B,); returns (B, *S)."""
-    return (denoiser(x, sigma, cond) - x) / expand(sigma, x) ** 2
+def trainable_copy(denoiser):
+    """A full copy of a frozen denoiser, to train.  Always in eval mode: dropout would be noise."""
+    return copy.deepcopy(denoiser).requires_grad_(True).eval()

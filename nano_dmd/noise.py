@@ -1,14 +1,14 @@
-"""The noise axis: everything that happens to a clean sample before a denoiser sees it.
+"""The noise axis: what happens to a clean sample before a denoiser sees it.
 
 Noise is variance-exploding everywhere in this package:
 
     xt = x + sigma * noise,    x in data units (images in [-1, 1]),    noise ~ N(0, I)
 
-so one number, sigma, says how noisy xt is, and no alpha_t appears in any loss. A network trained
-with another convention (eps- or v-prediction) is converted once, by an adapter in teacher.py.
+One number, sigma, says how noisy xt is. No alpha_t appears in any loss. A network that was trained with
+another convention (eps- or v-prediction) is converted once, by an adapter in denoiser.py.
 
-Limit: alpha_t = 0 (flow matching at t = 1, zero-SNR schedules) is sigma = infinity. Scores are only
-ever asked at finite sigma; a generator owns its own input and may still start from pure noise.
+Limit: alpha_t = 0 (flow matching at t = 1, zero-SNR schedules) means sigma = infinity. Scores are asked at
+finite sigma only. A generator owns its input, so it may start from pure noise.
 """
 
 import functools
@@ -16,17 +16,16 @@ import re
 
 import torch
 
-from nano_dmd.engine.parallel import rows
-
 
 def expand(v, x):
-    """Reshape v (B,) to (B, 1, ..., 1) so that it broadcasts against x (B, *S).
+    """Reshape v (B,) to (B, 1, ..., 1), so that it broadcasts against x (B, *S).
 
-    raises ValueError unless v is exactly (B,): with 2D data and B = 2 a (2,) that meant something
-    else would broadcast silently.
+    raises ValueError unless v is exactly (B,).  With 2D data and B = 2, another (2,) would broadcast
+    without a complaint.
     """
     if v.shape != x.shape[:1]:
-        raise ValueError(f"expected one number per sample, shape ({x.shape[0]},), got {tuple(v.shape)}")
+        want, got = (x.shape[0],), tuple(v.shape)
+        raise ValueError(f"expected one number per sample, shape {want}, got {got}")
     return v.reshape(-1, *[1] * (x.ndim - 1))
 
 
@@ -36,31 +35,31 @@ def add_noise(x, sigma, noise):
 
 
 def repeated(x, cond, n):
-    """x (B, *S) and cond None | (B, ...), every sample n times in a row: (n B, *S) and None | (n B, ...).
+    """x (B, *S) and cond None | (B, ...), every sample n times in a row: (n B, *S), None | (n B, ...).
 
-    A loss that noises each of them apart averages over n noises for one pass of the generator (cfg.noisings; published: 1).
+    A loss that noises each copy averages over n noises for one pass of the generator (cfg.noisings).
     """
-    if n == 1:                                                    # no copy, which would lose channels_last too
+    if n == 1:                                     # no copy: it would lose channels_last
         return x, cond
     return x.repeat_interleave(n, 0), None if cond is None else cond.repeat_interleave(n, 0)
 
 
 def karras(u, sigma_min=0.002, sigma_max=80.0, rho=7.0):
-    """Warp u in [0, 1] to a noise level: 0 -> sigma_max, 1 -> sigma_min.  EDM (Karras et al. 2022) eq. 5."""
+    """Warp u in [0, 1] to a noise level: 0 -> sigma_max, 1 -> sigma_min.  EDM (Karras 2022) eq. 5."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return (high + u * (low - high)) ** rho
 
 
 def karras_sigmas(n, sigma_min=0.002, sigma_max=80.0, rho=7.0):
-    """The (n,) descending noise levels of EDM's sampler, sigma_max first (float64: heun integrates over them)."""
+    """The (n,) noise levels of EDM's sampler, descending from sigma_max.  float64: Heun adds them up."""
     return karras(torch.linspace(0, 1, n, dtype=torch.float64), sigma_min, sigma_max, rho)
 
 
 @functools.lru_cache(maxsize=8)
 def sd_sigmas(device="cpu"):
-    """The (1000,) noise levels of Stable Diffusion 1 and 2, ascending from .0292 to 14.61; index = timestep.
+    """The (1000,) noise levels of Stable Diffusion 1 and 2, .0292 to 14.61; the index is the timestep.
 
-    sqrt((1 - abar) / abar) of the "scaled linear" schedule: sqrt(beta) falls on a line from sqrt(.00085) to sqrt(.012).
+    sqrt((1 - abar) / abar) of the "scaled linear" schedule: sqrt(beta) rises linearly.
     """
     beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     abar = (1 - beta).cumprod(0)
@@ -68,36 +67,33 @@ def sd_sigmas(device="cpu"):
 
 
 def parse_sigma(spec):
-    """'lognormal(mean,std)', 'karras(low,high)' or 'sd(first,last)' -> (name, a, b); raises ValueError on anything else."""
+    """'lognormal(mean,std)', 'karras(low,high)' or 'sd(first,last)' -> (name, a, b), else ValueError."""
     match = re.fullmatch(r"(lognormal|karras|sd)\(([^,]+),([^,]+)\)", spec.replace(" ", ""))
     try:
         name, a, b = match[1], float(match[2]), float(match[3])
     except (TypeError, ValueError):
-        raise ValueError("noise distribution must read lognormal(mean,std), karras(low,high) or sd(first,last), "
+        raise ValueError("noise must read lognormal(mean,std), karras(low,high) or sd(first,last), "
                          f"got {spec!r}") from None
     if name == "sd" and not (0 <= a <= b <= 999 and a == int(a) and b == int(b)):
-        raise ValueError(f"noise distribution {spec!r} needs whole timesteps, 0 <= first <= last <= 999")
-    if name == "lognormal" and not (-20 <= a <= 20 and 0 < b <= 20) or name == "karras" and not 1e-6 <= a < b <= 1e6:
-        raise ValueError(f"noise distribution {spec!r} needs -20 <= mean <= 20 and 0 < std <= 20, or 1e-6 <= low < high <= 1e6")
+        raise ValueError(f"noise {spec!r} needs whole timesteps, 0 <= first <= last <= 999")
+    if name == "lognormal" and not (-20 <= a <= 20 and 0 < b <= 20):
+        raise ValueError(f"noise {spec!r} needs -20 <= mean <= 20 and 0 < std <= 20")
+    if name == "karras" and not 1e-6 <= a < b <= 1e6:
+        raise ValueError(f"noise {spec!r} needs 1e-6 <= low < high <= 1e6")
     return name, a, b
-
-
-def draw_noise(x):
-    """Unit normal noise of the shape of x (B, *S)."""
-    return rows(lambda n: torch.randn(n, *x.shape[1:], device=x.device, dtype=x.dtype), len(x))
 
 
 def draw_sigma(spec, n, device):
     """(n,) random noise levels, float32.
 
-    lognormal(m,s)  ln sigma ~ N(m, s^2): EDM's training distribution, m = -1.2, s = 1.2
-    sd(first,last)  timestep uniform between these, both included, on sd_sigmas: "20..980" is sd(20,980)
-    karras(lo,hi)   sigma^(1/7) uniform between lo and hi: DMD's "uniform timestep 20..980 of 1000" is
-                    karras(0.0032,72), SiD's "t_max = 800" is karras(0.002,24.4)
+    lognormal(m,s)  ln sigma ~ N(m, s^2): EDM's training distribution has m = -1.2, s = 1.2
+    sd(first,last)  timestep uniform from first to last, on sd_sigmas: "20..980" is sd(20,980)
+    karras(lo,hi)   sigma^(1/7) uniform between lo and hi: DMD's "uniform timestep 20..980 of 1000"
+                    is karras(0.0032,72), SiD's "t_max = 800" is karras(0.002,24.4)
     """
     name, a, b = parse_sigma(spec)
     if name == "lognormal":
-        return torch.exp(a + b * rows(lambda m: torch.randn(m, device=device), n))
+        return torch.exp(a + b * torch.randn(n, device=device))
     if name == "sd":
-        return sd_sigmas(str(device))[rows(lambda m: torch.randint(int(a), int(b) + 1, (m,), device=device), n)]
-    return karras(rows(lambda m: torch.rand(m, device=device), n), a, b)
+        return sd_sigmas(str(device))[torch.randint(int(a), int(b) + 1, (n,), device=device)]
+    return karras(torch.rand(n, device=device), a, b)

@@ -1,70 +1,140 @@
-"""TODO."""
+"""PRESETS: the settings of every run that has a name.
 
-# Published settings in our conventions.  D1 = DMD paper appendix B; D2 = DMD2 experiments/imagenet/*.sh and
-# main/edm/train_edm.py; S = SiD run_sid.sh; F = FastGen config_dmd2_cifar10.py (DMD2 has no CIFAR-10 recipe).
-# Both papers' "uniform t" becomes a karras(low,high); SiD sums pixels and scales by 100, we take means: hence w_sid = 100 CHW,
-# w_fake = CHW (Adam divides a constant out, except against its eps); EMA half-lives in images become updates.
-SID = dict(sigmas="2.5", dm_sigma="karras(0.002,24.4)", beta2=0.999, clip=0, warmup=0, alpha=1.2)
+NAME is shared by its methods; NAME-METHOD says what differs for one. `--preset NAME-METHOD` or
+`--preset NAME --method METHOD` picks it. The knobs are explained in engine/config.py.
 
-DMD = dict(sigmas="80", dm_sigma="karras(0.0032,72)", critic_sigma="karras(0.002,80)", gan_sigma="karras(0.002,80)", beta1=0.9,
-           beta2=0.999, weight_decay=0.01, clip=10, warmup=500, ema=0)
+Published settings are written in our conventions. "Uniform t" of the papers is a karras(low,high). SiD
+sums over pixels and scales by 100, here losses are means: so w_sid = 100 CHW and w_fake = CHW (Adam
+divides constants out, except against its eps). Half-lives in images become updates.
+"""
 
-SD = dict(teacher="stable-diffusion-v1-5/stable-diffusion-v1-5", bf16=True, half_frozen=True, checkpointing=True, decay_from=1.0,
-          beta1=0.9, beta2=0.999, weight_decay=0.01, clip=10, warmup=500, ema=0, sigmas="t999", unit_noise=True,
-          dm_sigma="sd(20,980)", critic_sigma="sd(0,999)", gan_sigma="sd(0,999)", lr_generator=1e-5, lr_critic=1e-5,
-          pair_sigma=14.6, log_every=20, sample_every=100, save_every=200)
-
-LARGE = dict(bf16=True, decay_from=1.0, log_every=100, sample_every=1000, save_every=2000)
-
-# fmt: off
+# 2D points, exact score, one CPU thread: about 45 s each.
 PRESETS = {
-    # 2D, exact score, one CPU thread.  Shared by all methods, then what differs.
-    "toy":               dict(teacher="toy:ring8", method="dmd2", sigmas="1", bf16=True, batch=1024, threads=1, steps=9000, lr_generator=1e-3, lr_critic=2e-3, warmup=100, decay_from=0.0, clip=0, ema=300, dm_sigma="lognormal(-1.4,1.2)", critic_sigma="lognormal(-1.2,1.4)", gan_sigma="lognormal(-1.4,1.2)", log_every=100, sample_every=250, save_every=1000, pairs=100_000, pair_steps=64, pair_sigma=20),
-    "toy-dmd":           dict(steps=6000, lr_generator=2e-3),
-    "toy-dmd2":          dict(),
-    "toy-sid":           dict(steps=8500, batch=768, noisings=2, lr_generator=1.3e-3, decay_from=0.2, ema=500, alpha=0.5, normalise=False, beta2=0.999, dm_sigma="lognormal(-1.8,1.6)"),
+    "toy": dict(
+        teacher="toy:ring8", method="dmd2", sigmas="1", bf16=True, batch=1024, threads=1, steps=9000,
+        lr_generator=1e-3, lr_critic=2e-3, warmup=100, decay_from=0.0, clip=0, ema=300,
+        dm_sigma="lognormal(-1.4,1.2)", critic_sigma="lognormal(-1.2,1.4)",
+        gan_sigma="lognormal(-1.4,1.2)", log_every=100, sample_every=250, save_every=1000,
+        pairs=100_000, pair_steps=64, pair_sigma=20),
+    "toy-dmd": dict(steps=6000, lr_generator=2e-3),
+    "toy-dmd2": dict(),
+    "toy-sid": dict(
+        steps=8500, batch=768, noisings=2, lr_generator=1.3e-3, decay_from=0.2, ema=500, alpha=0.5,
+        normalise=False, beta2=0.999, dm_sigma="lognormal(-1.8,1.6)"),
     "toy-diff_instruct": dict(lr_generator=2e-3),
-    "toy-regression":    dict(steps=6000, lr_generator=2e-3),
-    # 8x8 digits, two CPU cores: about a minute each.
-    "digits":               dict(bf16=True, sigmas="2.5", dm_sigma="lognormal(-0.8,1.2)", gan_sigma="lognormal(-0.5,1.2)"),
-    "digits-dmd":           dict(steps=500, lr_generator=1.5e-3, lr_critic=1.5e-3, control=True),
-    "digits-dmd2":          dict(steps=400, critic_steps=2, w_gan=0.1, w_disc=0.03),
-    "digits-sid":           dict(steps=900, lr_generator=5e-4, lr_critic=1.5e-3),
+    "toy-regression": dict(steps=6000, lr_generator=2e-3),
+}
+
+# 8x8 digits, two CPU cores: about a minute each.
+PRESETS |= {
+    "digits": dict(bf16=True, sigmas="2.5", dm_sigma="lognormal(-0.8,1.2)", gan_sigma="lognormal(-0.5,1.2)"),
+    "digits-dmd": dict(steps=500, lr_generator=1.5e-3, lr_critic=1.5e-3, control=True),
+    "digits-dmd2": dict(steps=400, critic_steps=2, w_gan=0.1, w_disc=0.03),
+    "digits-sid": dict(steps=900, lr_generator=5e-4, lr_critic=1.5e-3),
     "digits-diff_instruct": dict(steps=600),
-    "digits-regression":    dict(steps=500, lr_generator=1.5e-3),
-    # CIFAR-10 from EDM's published teachers, at the papers' settings: days on one GPU (README).
-    "cifar10":             dict(LARGE, teacher="edm:cifar10-cond", method="sid"),
-    "cifar10-dmd":         dict(DMD, steps=300_000, batch=392, lr_generator=5e-5, lr_critic=5e-5, w_reg=0.25, reg_loss="lpips", pairs=100_000),                                             # D1 B.1
-    "cifar10-dmd2":        dict(DMD, steps=20_000, batch=2048, lr_generator=1e-4, lr_critic=1e-4, critic_steps=5, w_gan=1e-3, w_disc=1e-2, flip=True, ema=500),                             # F; its "100k iterations" are ours times 5
-    "cifar10-sid":         dict(SID, steps=3_125_000, batch=256, lr_generator=1e-5, lr_critic=1e-5, w_sid=307_200, w_fake=3072, ema=1953),                                                  # S:49-71, 800 M images
-    "cifar10-diff_instruct": dict(SID, dm_sigma="lognormal(-1.2,1.2)", sigmas="1", steps=390_000, batch=128, lr_generator=1e-5, lr_critic=1e-5, w_dm=3072, w_fake=3072, ema=3906),          # its README.md:44-51
-    "cifar10-uncond":      dict(LARGE, teacher="edm:cifar10-uncond", method="sid"),
-    "cifar10-uncond-dmd":  dict(DMD, steps=300_000, batch=392, lr_generator=5e-5, lr_critic=5e-5, w_reg=0.5, reg_loss="lpips", pairs=500_000),                                              # D1 B.1
-    "cifar10-uncond-dmd2": dict(DMD, steps=20_000, batch=2048, lr_generator=1e-4, lr_critic=1e-4, critic_steps=5, w_gan=1e-3, w_disc=1e-2, flip=True, ema=500),                             # F, which is conditional
-    "cifar10-uncond-sid":  dict(SID, steps=1_953_125, batch=256, lr_generator=1e-5, lr_critic=1e-5, w_sid=307_200, w_fake=3072, ema=1953),                                                  # S:20-45, 500 M images
-    "imagenet64":          dict(LARGE, teacher="edm:imagenet64", method="dmd2"),
-    "imagenet64-dmd":      dict(DMD, steps=350_000, batch=336, lr_generator=2e-6, lr_critic=2e-6, w_reg=0.25, reg_loss="lpips", pairs=25_000, pair_steps=256),                              # D1 B.2
-    "imagenet64-dmd2":     dict(DMD, steps=40_000, batch=280, lr_generator=2e-6, lr_critic=2e-6, critic_steps=5, w_gan=3e-3, w_disc=1e-2),                                                  # D2: 200k critic updates
-    "imagenet64-sid":      dict(SID, steps=122_070, batch=8192, lr_generator=4e-6, lr_critic=4e-6, w_sid=1_228_800, w_fake=12_288, ema=244),                                                # S:73-98, 1000 M images
-    "ffhq64":              dict(LARGE, teacher="edm:ffhq64", method="sid"),
-    "ffhq64-sid":          dict(SID, steps=976_562, batch=512, lr_generator=1e-5, lr_critic=1e-5, w_sid=1_228_800, w_fake=12_288, ema=977),                                                 # S:100-125; Differs: generator beta1 .9 there
-    "afhqv2-64":           dict(LARGE, teacher="edm:afhqv2-64", method="sid"),
-    "afhqv2-64-sid":       dict(SID, steps=976_562, batch=512, lr_generator=5e-6, lr_critic=5e-6, alpha=1.0, w_sid=1_228_800, w_fake=12_288, ema=977),                                      # S:127-151
-    # Stable Diffusion 1.5: --prompts FILE; the published batch on one GPU by --accumulate.
-    # D2 = DMD2 experiments/sdv1.5/*.sh; L = SiD-LSG run_sid.sh.
-    "sd15":                dict(SD, method="dmd2"),
-    "sd15-dmd":            dict(steps=20_000, batch=2304, guidance=3.0, w_reg=0.25, pairs=500_000, pair_steps=26),                                                                          # D1 B.3; Differs: L2 on latents (--reg_loss lpips is the paper's, on TAESD's images), Heun (PNDM 50)
-    "sd15-dmd2":           dict(steps=4000, batch=2048, guidance=1.75, critic_steps=10),                                                                                                    # D2 stage 1: 40k critic updates
-    "sd15-sid":            dict(steps=19_531, batch=512, sigmas="t625", unit_noise=False, guidance=1.5, fake_guidance=1.5, critic_dropout=0.1, dm_sigma="sd(20,979)", critic_sigma="sd(20,979)", alpha=1.0, beta1=0.0, weight_decay=0.0, clip=0, warmup=0, lr_generator=1e-6, lr_critic=1e-6, ema=98, w_sid=16_384, w_fake=16_384),      # L:61-88, 10 M images
-    "sd15-dmd2-gan":       dict(SD, method="dmd2", steps=500, batch=2048, guidance=1.75, critic_steps=10, w_gan=1e-3, w_disc=1e-2, lr_generator=5e-7, lr_critic=5e-7),                       # D2 stage 2: 5k critic updates on --init RUN of stage 1
-    "sd15-dmd2-4step":     dict(SD, method="dmd2", sigmas="t999,t749,t499,t249", steps=4000, batch=2048, guidance=1.75, critic_steps=10),                                                   # D2, which does several steps for SDXL alone
-    # CIFAR-10 from a teacher of one's own.  scratch: one H100 or H200, about a lecture; small: a CPU, to see every part work.
-    "cifar10-scratch":      dict(LARGE, teacher="cifar10-scratch", method="dmd2", compile=True, sigmas="2.5", dm_sigma="lognormal(-0.8,1.4)", gan_sigma="lognormal(-0.5,1.2)", batch=256, warmup=100, decay_from=0.5, ema=200, flip=True, log_every=50, sample_every=250, save_every=500, pairs=50_000),
-    "cifar10-scratch-dmd":  dict(steps=5000, lr_generator=2e-4, lr_critic=2e-4),
-    "cifar10-scratch-dmd2": dict(steps=4000, lr_generator=1e-4, lr_critic=2e-4, critic_steps=2, w_gan=0.03, w_disc=0.03),
-    "cifar10-scratch-sid":  dict(steps=6000, lr_generator=1e-4, lr_critic=2e-4),
-    "cifar10-small":        dict(teacher="cifar10-small", method="dmd", bf16=True, sigmas="2.5", dm_sigma="lognormal(-0.8,1.4)", gan_sigma="lognormal(-0.5,1.2)", batch=32, steps=300, sample_every=100, save_every=100, pairs=1500, eval_images=1000),
-    "cifar10-small-dmd":    dict(control=True),
-    "cifar10-small-dmd2":   dict(critic_steps=2, steps=200, lr_generator=2e-4, w_gan=0.1, w_disc=0.03),
-    "cifar10-small-sid":    dict(lr_generator=1e-4, lr_critic=1e-3),
+    "digits-regression": dict(steps=500, lr_generator=1.5e-3),
+}
+
+# Images from EDM's published teachers, at the papers' settings: days on one GPU.
+LARGE = dict(bf16=True, decay_from=1.0, log_every=100, sample_every=1000, save_every=2000)
+PRESETS |= {
+    "cifar10": dict(LARGE, teacher="edm:cifar10-cond", method="sid"),
+    "cifar10-uncond": dict(LARGE, teacher="edm:cifar10-uncond", method="sid"),
+    "imagenet64": dict(LARGE, teacher="edm:imagenet64", method="dmd2"),
+    "ffhq64": dict(LARGE, teacher="edm:ffhq64", method="sid"),
+    "afhqv2-64": dict(LARGE, teacher="edm:afhqv2-64", method="sid"),
+}
+
+# DMD paper, appendix B.1 (CIFAR-10) and B.2 (ImageNet).
+DMD = dict(
+    sigmas="80", dm_sigma="karras(0.0032,72)", critic_sigma="karras(0.002,80)",
+    gan_sigma="karras(0.002,80)", beta1=0.9, beta2=0.999, weight_decay=0.01, clip=10, warmup=500, ema=0)
+CIFAR_DMD = dict(
+    DMD, steps=300_000, batch=392, lr_generator=5e-5, lr_critic=5e-5, reg_loss="lpips")
+PRESETS |= {
+    "cifar10-dmd": dict(CIFAR_DMD, w_reg=0.25, pairs=100_000),
+    "cifar10-uncond-dmd": dict(CIFAR_DMD, w_reg=0.5, pairs=500_000),
+    "imagenet64-dmd": dict(
+        DMD, steps=350_000, batch=336, lr_generator=2e-6, lr_critic=2e-6, w_reg=0.25,
+        reg_loss="lpips", pairs=25_000, pair_steps=256),
+}
+
+# CIFAR-10: FastGen config_dmd2_cifar10.py (conditional; its "100k iterations" are ours times 5); DMD2
+# itself has no such recipe.  ImageNet: DMD2 experiments/imagenet/*.sh, main/edm/train_edm.py.
+CIFAR_DMD2 = dict(
+    DMD, steps=20_000, batch=2048, lr_generator=1e-4, lr_critic=1e-4, critic_steps=5, w_gan=1e-3,
+    w_disc=1e-2, flip=True, ema=500)
+PRESETS |= {
+    "cifar10-dmd2": CIFAR_DMD2,
+    "cifar10-uncond-dmd2": CIFAR_DMD2,
+    "imagenet64-dmd2": dict(                       # 200k critic updates
+        DMD, steps=40_000, batch=280, lr_generator=2e-6, lr_critic=2e-6, critic_steps=5, w_gan=3e-3,
+        w_disc=1e-2),
+}
+
+# SiD run_sid.sh: lines 49-71, 20-45, 73-98, 100-125 (Differs: generator beta1 .9 there) and 127-151.
+SID = dict(
+    sigmas="2.5", dm_sigma="karras(0.002,24.4)", beta2=0.999, clip=0, warmup=0, alpha=1.2,
+    lr_generator=1e-5, lr_critic=1e-5, w_sid=307_200, w_fake=3072, ema=1953, batch=256)
+SID64 = dict(SID, w_sid=1_228_800, w_fake=12_288)
+PRESETS |= {
+    "cifar10-sid": dict(SID, steps=3_125_000),     # 800 M images
+    "cifar10-uncond-sid": dict(SID, steps=1_953_125),             # 500 M images
+    "imagenet64-sid": dict(                        # 1000 M images
+        SID64, steps=122_070, batch=8192, lr_generator=4e-6, lr_critic=4e-6, ema=244),
+    "ffhq64-sid": dict(SID64, steps=976_562, batch=512, ema=977),
+    "afhqv2-64-sid": dict(
+        SID64, steps=976_562, batch=512, lr_generator=5e-6, lr_critic=5e-6, alpha=1.0, ema=977),
+}
+
+# Diff-Instruct README.md:44-51.
+PRESETS["cifar10-diff_instruct"] = dict(
+    SID, dm_sigma="lognormal(-1.2,1.2)", sigmas="1", steps=390_000, batch=128, w_dm=3072, ema=3906)
+
+# Stable Diffusion 1.5 with --prompts FILE; the published batch on one GPU by --accumulate.
+SD = dict(
+    teacher="stable-diffusion-v1-5/stable-diffusion-v1-5", bf16=True, half_frozen=True,
+    checkpointing=True, decay_from=1.0, beta1=0.9, beta2=0.999, weight_decay=0.01, clip=10,
+    warmup=500, ema=0, sigmas="t999", unit_noise=True, dm_sigma="sd(20,980)", critic_sigma="sd(0,999)",
+    gan_sigma="sd(0,999)", lr_generator=1e-5, lr_critic=1e-5, pair_sigma=14.6, log_every=20,
+    sample_every=100, save_every=200)
+SD_DMD2 = dict(steps=4000, batch=2048, guidance=1.75, critic_steps=10)
+PRESETS |= {
+    "sd15": dict(SD, method="dmd2"),
+    # DMD paper, B.3.  Differs: L2 on latents (the paper's is --reg_loss lpips), Heun (there PNDM 50).
+    "sd15-dmd": dict(
+        steps=20_000, batch=2304, guidance=3.0, w_reg=0.25, pairs=500_000, pair_steps=26),
+    # DMD2 experiments/sdv1.5/*.sh: stage 1 (40k critic updates), then stage 2 (5k) on --init RUN.
+    "sd15-dmd2": SD_DMD2,
+    "sd15-dmd2-gan": dict(
+        SD | SD_DMD2, method="dmd2", steps=500, w_gan=1e-3, w_disc=1e-2, lr_generator=5e-7,
+        lr_critic=5e-7),
+    # DMD2 does several steps for SDXL alone.
+    "sd15-dmd2-4step": dict(SD | SD_DMD2, method="dmd2", sigmas="t999,t749,t499,t249"),
+    # SiD-LSG run_sid.sh:61-88, 10 M images.
+    "sd15-sid": dict(
+        steps=19_531, batch=512, sigmas="t625", unit_noise=False, guidance=1.5, fake_guidance=1.5,
+        critic_dropout=0.1, dm_sigma="sd(20,979)", critic_sigma="sd(20,979)", alpha=1.0, beta1=0.0,
+        weight_decay=0.0, clip=0, warmup=0, lr_generator=1e-6, lr_critic=1e-6, ema=98, w_sid=16_384,
+        w_fake=16_384),
+}
+
+# CIFAR-10 from a teacher of one's own.  scratch: one H100, about a lecture; small: a CPU, to see
+# every part work.
+CIFAR = dict(sigmas="2.5", dm_sigma="lognormal(-0.8,1.4)", gan_sigma="lognormal(-0.5,1.2)")
+PRESETS |= {
+    "cifar10-scratch": dict(
+        LARGE | CIFAR, teacher="cifar10-scratch", method="dmd2", compile=True, batch=256, warmup=100,
+        decay_from=0.5, ema=200, flip=True, log_every=50, sample_every=250, save_every=500,
+        pairs=50_000),
+    "cifar10-scratch-dmd": dict(steps=5000, lr_generator=2e-4, lr_critic=2e-4),
+    "cifar10-scratch-dmd2": dict(
+        steps=4000, lr_generator=1e-4, lr_critic=2e-4, critic_steps=2, w_gan=0.03, w_disc=0.03),
+    "cifar10-scratch-sid": dict(steps=6000, lr_generator=1e-4, lr_critic=2e-4),
+    "cifar10-small": dict(
+        CIFAR, teacher="cifar10-small", method="dmd", bf16=True, batch=32, steps=300, sample_every=100,
+        save_every=100, pairs=1500, eval_images=1000),
+    "cifar10-small-dmd": dict(control=True),
+    "cifar10-small-dmd2": dict(critic_steps=2, steps=200, lr_generator=2e-4, w_gan=0.1, w_disc=0.03),
+    "cifar10-small-sid": dict(lr_generator=1e-4, lr_critic=1e-3),
 }

@@ -1,18 +1,19 @@
-"""Trainable copies of a denoiser: a full one, or one that shares the frozen weights and adds low-rank updates (LoRA).
+"""Low-rank updates (LoRA) on a denoiser's frozen weights.
 
-The teacher, a LoRA fake score and a LoRA student of Stable Diffusion 1.5 hold 860 M weights once instead of three times.
-The sharing copy is a network of its own whose tensors are the teacher's: nothing is switched on and off while it runs,
-so gradient checkpointing, which runs parts of a forward again during backward, cannot meet the wrong one.
+The teacher, a LoRA fake score and a LoRA student of Stable Diffusion hold 860 M weights once, not three
+times. The sharing copy is a network of its own whose tensors are the teacher's. Nothing is switched while
+it runs, so gradient checkpointing, which runs parts of a forward again, finds the same network.
 """
 
 import copy
 
+from nano_dmd.denoiser import trainable_copy
 from nano_dmd.engine.files import UserError
 
-ALPHA = 8                                                         # the update is ALPHA / rank * B A, as in DMD2 (rank 64)
-
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
-           "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")   # DMD2 sd_unified_model.py:44-69
+ALPHA = 8                                          # the update is ALPHA / rank * B A, as in DMD2 (rank 64)
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
+           "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv",
+           "time_emb_proj"]                        # DMD2 sd_unified_model.py:44-69
 
 
 def sharing_copy(module):
@@ -21,23 +22,24 @@ def sharing_copy(module):
     return copy.deepcopy(module, {id(t): t for t in shared})
 
 
-def trainable_copy(denoiser, rank=0):
-    """A copy of a frozen denoiser to train: in full (rank 0), or low-rank updates of the given rank, zero at first.
+def lora_copy(denoiser, rank=0):
+    """A copy to train: in full (rank 0), or low-rank updates of that rank, zero at first.
 
-    raises UserError for LoRA on a network that is not diffusers' U-Net with text, or without the package for it
+    raises UserError for LoRA on a network that is not diffusers' U-Net, or without the package for it
     """
     if not rank:
-        return copy.deepcopy(denoiser).requires_grad_(True).eval()
+        return trainable_copy(denoiser)
     try:
         from peft import LoraConfig
     except ImportError as e:
-        raise UserError(f'LoRA needs peft ({e}): pip install "nano_dmd[sd]", or train in full with rank 0') from e
+        raise UserError(f'LoRA needs peft ({e}): pip install "nano_dmd[sd]", or set rank 0') from e
     denoiser.requires_grad_(False)
     twin = sharing_copy(denoiser)
     if not hasattr(getattr(twin.net, "unet", None), "add_adapter"):
-        raise UserError(f"LoRA is for diffusers' U-Nets, not for {type(twin.net).__name__}: set both lora ranks to 0")
-    twin.net.unet.add_adapter(LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=list(TARGETS)))
+        raise UserError(f"LoRA is for diffusers' U-Nets, not for {type(twin.net).__name__}: set both lora "
+                        "ranks to 0")
+    twin.net.unet.add_adapter(LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=TARGETS))
     for p in twin.parameters():
         if p.requires_grad:
-            p.data = p.data.float()                               # whatever precision the frozen weights are kept in
+            p.data = p.data.float()                # whatever precision the frozen weights have
     return twin.eval()
