@@ -1,6 +1,7 @@
-"""nano_dmd: distil diffusion models into one-step generators.  DMD, DMD2 and SiD through one train step.
+"""nano_dmd: distil diffusion models into one-step generators.
 
-Reading order: noise, networks, teacher, real_score, fake_score, dmd_loss, gan, sid_loss, generator, train.
+Reading order: noise, denoiser, networks, teacher, real_score, fake_score, generator, dmd_loss, gan,
+sid_loss, methods.  Fifteen minutes: methods, dmd_loss, fake_score.
 """
 
 __version__ = "0.1.0"

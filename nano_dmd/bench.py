@@ -4,7 +4,7 @@
 
 net forward  the bare network: what one sample costs at least
 images/s     images generated and trained on
-peak         share of the matrix-multiplication speed measured on this machine, in the run's precision
+peak         share of the speed of matrix products measured here, in the run's precision
 memory       the method's peak on a GPU; on a CPU the whole process's, so give one method at a time
 """
 
@@ -22,7 +22,7 @@ from nano_dmd.metrics.sets import table
 
 
 def matmul_flops(device, bf16, n=1536, repeats=10):
-    """Floating-point operations per second of an (n, n) matrix product: the machine's practical peak."""
+    """Operations per second of an (n, n) matrix product: the machine's practical peak."""
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     return 2 * n**3 / median_seconds(lambda: a @ a, device, repeats)
 
@@ -33,7 +33,8 @@ def bench(cfg, repeats):
     teacher, nets, opts, draw = prepare(cfg, device)
     batch, denoiser = draw(), nets.generator.net
     counts = isinstance(denoiser, FromEps)         # these networks are told timesteps
-    c_noise = torch.zeros(batch.z.shape[1], device=device, dtype=torch.int64 if counts else torch.float32)
+    dtype = torch.int64 if counts else torch.float32
+    c_noise = torch.zeros(batch.z.shape[1], device=device, dtype=dtype)
 
     @torch.no_grad()
     def net_forward():
@@ -49,8 +50,8 @@ def bench(cfg, repeats):
         batch.x = None
         update(which, nets, opts, [batch], cfg, {})
 
-    functions = {"net forward": net_forward, "G forward": forward, "critic update": lambda: one("critic"),
-                 "G update": lambda: one("generator"),
+    functions = {"net forward": net_forward, "G forward": forward,
+                 "critic update": lambda: one("critic"), "G update": lambda: one("generator"),
                  "whole step": lambda: train_step(nets, opts, draw, cfg, cfg.steps)}
     parts = {name: median_seconds(f, device, repeats) for name, f in functions.items()}
     with FlopCounterMode(display=False) as counter:
@@ -68,7 +69,7 @@ def bench(cfg, repeats):
 def main(argv=None):
     p = parser("python -m nano_dmd.bench", __doc__)
     p.add_argument("--methods", default=",".join(METHODS), help="comma separated")
-    p.add_argument("--repeats", type=number(1, 10**6), default=20, help="timed calls; the median is printed")
+    p.add_argument("--repeats", type=number(1, 10**6), default=20, help="timed calls, for a median")
     add_config_flags(p)
     given = vars(p.parse_args(argv))
     methods, repeats = [m.strip() for m in given.pop("methods").split(",")], given.pop("repeats")

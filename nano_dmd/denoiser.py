@@ -2,8 +2,8 @@
 
     Denoiser:  D(x, sigma, cond=None) -> E[x0 | x0 + sigma * eps = x, cond]
 
-An exact mixture, an EDM network and eps- or v-prediction networks become this here and nowhere else.
-Every loss is written in it. Tweedie's formula gives the score: (D(x, sigma) - x) / sigma^2.
+An exact mixture, an EDM network and eps- or v-prediction networks become this here and nowhere
+else. Every loss is written in it. Tweedie's formula gives the score: (D(x, sigma) - x) / sigma^2.
 
 EDM = Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models".
 """
@@ -19,7 +19,7 @@ from nano_dmd.noise import add_noise, draw_sigma, expand, karras_sigmas
 
 
 class Denoiser(Protocol):
-    """x (B, *S) float32; sigma (B,) > 0; cond None | (B,) int64 classes | (B, T, C) text embeddings.
+    """x (B, *S) float32; sigma (B,) > 0; cond None | (B,) int64 classes | (B, T, C) texts.
 
     Returns (B, *S), differentiable in x.
     """
@@ -28,7 +28,7 @@ class Denoiser(Protocol):
 
 
 def score(denoiser, x, sigma, cond=None):
-    """grad log p(x; sigma) = (D(x, sigma) - x) / sigma^2.  x (B, *S), sigma (B,); returns (B, *S)."""
+    """grad log p(x; sigma) = (D(x, sigma) - x) / sigma^2.  x (B, *S), sigma (B,) -> (B, *S)."""
     return (denoiser(x, sigma, cond) - x) / expand(sigma, x) ** 2
 
 
@@ -62,8 +62,9 @@ class EDM(nn.Module):
 class FromEps(nn.Module):
     """A variance-preserving eps-prediction network net(x_vp, t, cond) as a Denoiser.
 
-    x_vp = x / sqrt(1 + sigma^2) and x0 = x - sigma * eps.  alphas_cumprod (T,) is the training schedule.
-    sigma -> t is the nearest log-sigma of its table (searchsorted is off by one on 200 of SD's 1000).
+    x_vp = x / sqrt(1 + sigma^2) and x0 = x - sigma * eps.  alphas_cumprod (T,) is the training
+    schedule. sigma -> t is the nearest log-sigma of its table (searchsorted is off by one on 200 of
+    SD's 1000).
     """
 
     def __init__(self, net, alphas_cumprod, bf16=False):
@@ -128,8 +129,8 @@ def heun(denoiser, z, cond=None, steps=18, sigma_min=0.002, sigma_max=80.0, rho=
 def edm_loss(denoiser, x, sigma, noise, cond=None, sigma_data=0.5):
     """EDM's denoising loss (eq. 8), per element: w(sigma) (D(x + sigma noise) - x)^2.
 
-    x, noise (B, *S), sigma (B,).  w = (sigma^2 + sd^2) / (sigma sd)^2 = 1 / sigma^2 + 1 / sd^2, which is
-    also DMD2's weight (edm_guidance.py:152).
+    x, noise (B, *S), sigma (B,).  w = (sigma^2 + sd^2) / (sigma sd)^2 = 1 / sigma^2 + 1 / sd^2,
+    which is also DMD2's weight (edm_guidance.py:152).
     """
     weight = 1 / sigma**2 + 1 / sigma_data**2
     return expand(weight, x) * (denoiser(add_noise(x, sigma, noise), sigma, cond) - x) ** 2
@@ -165,7 +166,7 @@ def train_denoiser(denoiser, draw, recipe, show=True):
 
 @torch.no_grad()
 def lerp(slow, fast, weight):
-    """Move every parameter of slow towards fast by weight in [0, 1].  Shared parameters stay (LoRA)."""
+    """Move the parameters of slow towards fast by weight in [0, 1].  Shared ones stay (LoRA)."""
     moving = [(s, f) for s, f in zip(slow.parameters(), fast.parameters()) if s is not f]
     torch._foreach_lerp_(*map(list, zip(*moving)), weight)
 

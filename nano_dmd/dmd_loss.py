@@ -2,10 +2,10 @@
 
     grad_theta KL(p_fake || p_real) = E[ (s_fake(xt) - s_real(xt)) dx/dtheta ]
 
-with x = G(z) and xt = x + sigma noise. Both scores come from denoisers, s = (D(xt) - xt) / sigma^2, so
-the bracket is (d_fake - d_real) / sigma^2. DMD (Yin et al., CVPR 2024) eq. 7-8. DMD1 adds a regression
-to noise-image pairs (eq. 9), DMD2 drops it. The value of this loss says nothing about progress, not
-even by its sign. Look at the gap between the scores, by sigma, instead.
+with x = G(z) and xt = x + sigma noise. Both scores come from denoisers, s = (D(xt) - xt) / sigma^2,
+so the bracket is (d_fake - d_real) / sigma^2. DMD (Yin et al., CVPR 2024) eq. 7-8. DMD1 adds a
+regression to noise-image pairs (eq. 9), DMD2 drops it. The value of this loss says nothing about
+progress, not even by its sign. Look at the gap between the scores, by sigma, instead.
 """
 
 import torch
@@ -14,7 +14,7 @@ from nano_dmd.noise import add_noise, expand, repeated
 
 
 def dmd_gradient(x, d_real, d_fake):
-    """Per-sample direction that raises KL(p_fake || p_real); descend it.  DMD eq. 7, weight of eq. 8.
+    """Direction that raises KL(p_fake || p_real); descend it.  DMD eq. 7, weight of eq. 8.
 
         g = (d_fake - d_real) / mean_pixels |x - d_real|
 
@@ -46,7 +46,7 @@ def predictions(x, cond, nets, batch, cfg):
 
 
 def dmd_loss(x, nets, batch, cfg):
-    """Distribution matching loss.  x (B, *S) has the generator's graph; returns one value per sample.
+    """Distribution matching loss of x (B, *S), which has a graph; one value per sample.
 
     The gradient g is descended as it is. Neither score is differentiated (SiD does that).
     cfg.dm_sigma is the noise distribution; "timesteps 20..980" of the papers is karras(0.0032,72).
@@ -64,7 +64,7 @@ def diff_instruct_loss(x, nets, batch, cfg):
 
 
 def regression_loss(x, nets, batch, cfg):
-    """DMD1's anchor (eq. 9): the generator's answer to a noise should be the teacher's; returns (B,).
+    """DMD1's anchor (eq. 9): G should answer a noise as the teacher does; returns (B,).
 
     Squared error, or LPIPS as in the paper (cfg.reg_loss; .12 FID better on CIFAR-10, appendix I).
     Of the generator's steps it trains the first: one-step generators only.

@@ -1,8 +1,9 @@
 """The fake score: a trainable copy of the teacher that tracks what the generator makes now.
 
-It is fitted to generated samples by the same denoising loss that trained the teacher. So its score is the
-score of the generator's distribution. When it lags behind the generator, the distribution matching
-gradient points the wrong way. Therefore DMD2 updates the critic several times per generator update.
+It is fitted to generated samples by the same denoising loss that trained the teacher. So its score
+is the score of the generator's distribution. When it lags behind the generator, the distribution
+matching gradient points the wrong way. Therefore DMD2 updates the critic several times per
+generator update.
 """
 
 from torch import nn
@@ -41,11 +42,12 @@ class FakeScore(nn.Module):
 
 
 def denoising_loss(x, nets, batch, cfg):
-    """Critic loss: EDM's denoising loss on generated samples x (B, *S) without a graph; returns (B,).
+    """Critic loss: EDM's denoising loss on samples x (B, *S) without a graph; returns (B,).
 
-    DMD eq. 6, DMD2 edm_guidance.py:127-172, SiD sid_loss.py:58-74; mean over the elements of a sample.
-    Infinite nets.sigma_data means weight 1/sigma^2: the error in eps, as published for Stable Diffusion.
-    cfg.critic_sigma is the noise distribution: lognormal(-1.2,1.2) in SiD, karras(0.002,80) in DMD2.
+    DMD eq. 6, DMD2 edm_guidance.py:127-172, SiD sid_loss.py:58-74; mean over the elements of a
+    sample. Infinite nets.sigma_data means weight 1/sigma^2: the error in eps, as published for
+    Stable Diffusion. cfg.critic_sigma is the noise distribution: lognormal(-1.2,1.2) in SiD,
+    karras(0.002,80) in DMD2.
     """
     sigma, noise = batch.noising(cfg.critic_sigma, x)
     cond = batch.cond if batch.fake_cond is None else batch.fake_cond

@@ -36,12 +36,12 @@ class Discriminator(nn.Module):
 
 
 def generator_logit_loss(logits_fake):
-    """Non-saturating generator loss, mean softplus(-D(fake)).  DMD2 eq. 4; logits (B,) -> scalar."""
+    """Non-saturating loss, mean softplus(-D(fake)).  DMD2 eq. 4; logits (B,) -> scalar."""
     return F.softplus(-logits_fake).mean()
 
 
 def critic_logit_loss(logits_real, logits_fake):
-    """Logistic loss, mean softplus(D(fake)) + mean softplus(-D(real)); logits (B,) each -> scalar."""
+    """Logistic loss, mean softplus(D(fake)) + mean softplus(-D(real)); logits (B,) -> scalar."""
     return F.softplus(logits_fake).mean() + F.softplus(-logits_real).mean()
 
 
@@ -57,8 +57,9 @@ def gan_generator_loss(x, nets, batch, cfg):
 
 
 def gan_critic_loss(x, nets, batch, cfg):
-    """Train head and fake-score encoder to tell batch.real from x; the terms of critic_logit_loss, (B,).
+    """Train head and fake-score encoder to tell batch.real from x.
 
+    Returns the terms of critic_logit_loss, (B,): one generated and one real sample each.
     Noise and sigma are drawn apart for each, then both go through the encoder as one batch.
     """
     sigma, noise = batch.noising(cfg.gan_sigma, x)

@@ -1,11 +1,12 @@
-"""The one-step or few-step generator, its training input by backward simulation, its moving average.
+"""The one-step or few-step generator, backward simulation, and the moving average.
 
     one step     x = D(sigma_0 z, sigma_0)
     k steps      x_0 = D(sigma_0 z_0, sigma_0),   x_i = D(x_{i-1} + sigma_i z_i, sigma_i)
 
-Training step i of k needs its input x_{i-1} + sigma_i z_i. DMD2 makes it by running the generator's own
-earlier steps (backward simulation, section 4.5), so that training sees what sampling will see. Several
-reimplementations noise real images instead. They train on inputs that the generator never meets.
+Training step i of k needs its input x_{i-1} + sigma_i z_i. DMD2 makes it by running the generator's
+own earlier steps (backward simulation, section 4.5), so that training sees what sampling will see.
+Several reimplementations noise real images instead. They train on inputs that the generator never
+meets.
 """
 
 import torch
@@ -32,7 +33,7 @@ class Generator(nn.Module):
         self.unit = unit
 
     def step(self, i, x, z, cond):
-        """x0-prediction (B, *S) of step i, from the last estimate x (None at i = 0) and unit noise z."""
+        """x0-prediction (B, *S) of step i from the last estimate x (None at 0) and unit noise z."""
         sigma = z.new_full(z.shape[:1], self.sigmas[i])
         if i > 0:
             return self.net(add_noise(x, sigma, z), sigma, cond)
@@ -40,11 +41,12 @@ class Generator(nn.Module):
         return self.net(start * z, sigma, cond)
 
     def forward(self, z, cond=None, step=None, start=None):
-        """x (B, *S) at generator step `step` (default the last), reached by the generator's own steps.
+        """x (B, *S) at step `step` (default the last), reached by the generator's own steps.
 
-        z (k, B, *S) unit noise, one slice per step; cond None | (B,).  Only the last step has a graph.
-        It is the one that is trained. Its input is a sample, not a function to differentiate.
-        start (B, *S) replaces the simulation by clean samples: how *not* to do it, for comparison.
+        z (k, B, *S) unit noise, one slice per step; cond None | (B,).  Only the last step has a
+        graph. It is the one that is trained. Its input is a sample, not a function to
+        differentiate. start (B, *S) replaces the simulation by clean samples: how *not* to do it,
+        for comparison.
         """
         step, x = len(self.sigmas) - 1 if step is None else step, start
         with torch.no_grad():
@@ -54,7 +56,7 @@ class Generator(nn.Module):
 
 
 def update_ema(ema, net, step, half_life):
-    """Move ema towards net.  half_life in steps, shorter at the start, so that early samples are fresh.
+    """Move ema towards net.  half_life in steps, shorter at the start of a run.
 
     A student without an average is its own (ema is net).  Then nothing moves.
     SiD's ramp (sid_training_loop.py:346): the half-life is at most 5 percent of the steps so far.

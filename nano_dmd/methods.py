@@ -1,9 +1,4 @@
-"""A method is two lists of losses, and one step trains them all.
-
-    METHODS     what each method minimises
-    train_step  critic updates, one generator update, the moving average
-    update      one optimiser step on a list of losses
-"""
+"""A method is two lists of losses, and one step trains them all."""
 
 from dataclasses import dataclass
 from typing import Callable, NamedTuple
@@ -19,32 +14,29 @@ from nano_dmd.sid_loss import sid_loss
 
 
 class Method(NamedTuple):
-    """Two lists of (name of the weight in Config, loss), and what a batch must bring for them.
+    """What is minimised.  A loss is loss(x, nets, batch, cfg) -> one value per sample, (B,)."""
 
-    A loss is loss(x, nets, batch, cfg) -> one value per sample, (B,).
-    """
-
-    generator: list
+    generator: list                 # of (name of its weight in Config, loss)
     critic: list
-    needs: tuple = ()               # "real" (data, for the GAN) or "pairs" (of noise and image)
+    needs: tuple = ()               # what a batch brings: "real" data, "pairs" of noise and image
 
 
-FAKE = ("w_fake", denoising_loss)
-DISC = ("w_disc", gan_critic_loss)
+FAKE, DISC = ("w_fake", denoising_loss), ("w_disc", gan_critic_loss)
+DM, GAN = ("w_dm", dmd_loss), ("w_gan", gan_generator_loss)
 METHODS = {
-    "dmd": Method([("w_dm", dmd_loss), ("w_reg", regression_loss)], [FAKE], needs=("pairs",)),
-    "dmd2": Method([("w_dm", dmd_loss), ("w_gan", gan_generator_loss)], [FAKE, DISC], needs=("real",)),
-    "sid": Method([("w_sid", sid_loss)], [FAKE]),
-    "diff_instruct": Method([("w_dm", diff_instruct_loss)], [FAKE]),
-    "regression": Method([("w_reg", regression_loss)], [], needs=("pairs",)),
+    "dmd": Method(generator=[DM, ("w_reg", regression_loss)], critic=[FAKE], needs=("pairs",)),
+    "dmd2": Method(generator=[DM, GAN], critic=[FAKE, DISC], needs=("real",)),
+    "sid": Method(generator=[("w_sid", sid_loss)], critic=[FAKE]),
+    "diff_instruct": Method(generator=[("w_dm", diff_instruct_loss)], critic=[FAKE]),
+    "regression": Method(generator=[("w_reg", regression_loss)], critic=[], needs=("pairs",)),
 }
-CONTROL = "regression"                             # pairs alone: what distribution matching must beat
-NEEDED_BY = {"real": "w_disc", "pairs": "w_reg"}   # without that weight, nobody needs it
+CONTROL = "regression"                             # what distribution matching has to beat
 
 
 def needs(cfg):
-    """What a batch must bring for cfg.method at cfg's weights."""
-    return [name for name in METHODS[cfg.method].needs if getattr(cfg, NEEDED_BY[name])]
+    """What a batch must bring for cfg.method: less where the loss that asks has weight 0."""
+    weight = {"real": cfg.w_disc, "pairs": cfg.w_reg}
+    return [name for name in METHODS[cfg.method].needs if weight[name]]
 
 
 @dataclass
@@ -58,27 +50,24 @@ class Nets:
     ema: nn.Module
     sigma_data: float
     lpips: Callable | None = None   # distance(x, y) -> (B,), for the regression loss
-    backward: Callable = lambda loss, which, last: loss.backward()     # engine/parallel.py replaces it
+    backward: Callable = lambda loss, which, last: loss.backward()     # or engine/parallel.py's
 
 
 def train_step(nets, opts, draw, cfg, step):
     """One step: cfg.critic_steps critic updates, one generator update, then the average.
 
-    draw() -> Batch; step counts from 0 and only sets the ramp of the average.
-    returns {loss name: mean}, unweighted, on the device.
-    The generator rests during the critic's updates, so the last of their batches also serves it.
-    Differs: DMD2 steps the generator first; SiD draws that batch afresh (one more generator pass).
+    draw() -> Batch; step counts from 0, for the average's ramp.  returns {loss name: mean}.
+    The generator rests while the critic learns, so the critic's last batch serves it too.
+    Differs: DMD2 steps the generator first; SiD draws a new batch (one more generator pass).
     """
     logs = {}
     critic_requires_grad(nets, True)               # 1. fit the critic to where G is now
     for _ in range(cfg.critic_steps):
         batches = [draw() for _ in range(cfg.accumulate)]
         update("critic", nets, opts, batches, cfg, logs)
-
-    critic_requires_grad(nets, False)              # 2. move G; SiD and the GAN differentiate through
-    update("generator", nets, opts, batches, cfg, logs)         # the critic, whose weights rest
-
-    update_ema(nets.ema, nets.generator, step, cfg.ema)         # 3. the copy we sample from
+    critic_requires_grad(nets, False)              # 2. move G; the critic's weights rest meanwhile
+    update("generator", nets, opts, batches, cfg, logs)
+    update_ema(nets.ema, nets.generator, step, cfg.ema)           # 3. the copy we sample from
     return logs
 
 
@@ -87,27 +76,27 @@ def update(which, nets, opts, batches, cfg, logs):
 
     Terms of weight 0 are not computed.  logs gets every loss, unweighted, of the last batch.
     """
-    terms = [(getattr(cfg, weight), loss) for weight, loss in getattr(METHODS[cfg.method], which)]
+    terms = [(getattr(cfg, w), loss) for w, loss in getattr(METHODS[cfg.method], which)]
     terms = [(weight, loss) for weight, loss in terms if weight]
     if not terms:
         return
     opts[which].zero_grad(set_to_none=True)
     for batch in batches:
-        x = samples(nets, batch, graph=which == "generator" or len(batches) == 1)     # x = G(z), (B, *S)
+        x = samples(nets, batch, graph=which == "generator" or len(batches) == 1)
+        x = x.detach() if which == "critic" else x                # x = G(z), (B, *S)
         total = 0.0
         for weight, loss in terms:
-            values = loss(x if which == "generator" else x.detach(), nets, batch, cfg)          # (B,)
+            values = loss(x, nets, batch, cfg)                    # (B,)
             logs[loss.__name__] = batch.keep(loss.__name__, values.detach())
             total = total + weight * values.mean()
         nets.backward(total / len(batches), which, last=batch is batches[-1])
     if cfg.clip:
-        trained = [p for group in opts[which].param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(trained, cfg.clip)
+        nn.utils.clip_grad_norm_(opts[which].param_groups[0]["params"], cfg.clip)
     opts[which].step()
 
 
 def samples(nets, batch, graph):
-    """x (B, *S) of a batch.  One pass with a graph serves the last critic update and the generator's."""
+    """x (B, *S) of a batch.  One pass serves the last critic update and the generator's."""
     if batch.x is None or graph and not batch.x.requires_grad:
         with torch.set_grad_enabled(graph):
             batch.x = nets.generator(batch.z, batch.cond, batch.step, batch.start)

@@ -2,7 +2,7 @@
 
 Both have the raw signature that teacher.EDM wraps,
 
-    net(x, c_noise, cond) -> (B, *S)        x already scaled to unit variance, c_noise (B,) = ln(sigma) / 4
+    net(x, c_noise, cond) -> (B, *S)    x scaled to unit variance, c_noise (B,) = ln(sigma) / 4
 
 and net.features(x, c_noise, cond) -> (B, C, ...), the activations the GAN head looks at.
 cond is None or (B,) int64; None and -1 both mean "no class" (EDM feeds zeros there, and so do we).
@@ -16,19 +16,21 @@ from torch import nn
 class MLP(nn.Module):
     """Points in R^dim: sines and cosines of the point and of c_noise, then ReLU layers.
 
-    ReLU, not SiLU: sharper boundaries between modes (share within 3 std .87 -> .96 on ring8); so does every further
-    octave of the sines, the fastest of which has period 4 / 2^(octaves - 1) in units of the data's std.
+    ReLU, not SiLU: sharper boundaries between modes (share within 3 std .87 -> .96 on ring8); so
+    does every further octave of the sines, the fastest of which has period 4 / 2^(octaves - 1) in
+    units of the data's std.
     """
 
     def __init__(self, dim=2, width=128, depth=3, octaves=3):
         super().__init__()
-        freqs = torch.zeros(dim + 1, octaves * dim + 4)           # (x, c_noise) @ freqs = all the phases at once
+        freqs = torch.zeros(dim + 1, octaves * dim + 4)           # (x, c_noise) @ freqs = phases
         for d in range(dim):
             freqs[d, octaves * d : octaves * (d + 1)] = torch.pi / 2 * 2.0 ** torch.arange(octaves)
         freqs[dim, octaves * dim :] = torch.tensor([1.0, 2.0, 4.0, 8.0])
         self.register_buffer("freqs", freqs)
         widths = [dim + 2 * freqs.shape[1]] + [width] * depth
-        self.hidden = nn.Sequential(*[m for a, b in zip(widths, widths[1:]) for m in (nn.Linear(a, b), nn.ReLU())])
+        layers = [[nn.Linear(a, b), nn.ReLU()] for a, b in zip(widths, widths[1:])]
+        self.hidden = nn.Sequential(*sum(layers, []))
         self.out = nn.Linear(width, dim)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -42,7 +44,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block; the noise level and the class modulate it by a scale and a shift per channel."""
+    """Residual block; noise level and class give a scale and a shift per channel."""
 
     def __init__(self, channels, emb):
         super().__init__()
@@ -53,14 +55,14 @@ class Block(nn.Module):
         nn.init.zeros_(self.conv1.bias)
 
     def forward(self, x, emb):
-        scale, shift = self.modulate(emb)[:, :, None, None].chunk(2, dim=1)           # (B, C, 1, 1) each
+        scale, shift = self.modulate(emb)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1) each
         h = self.conv0(F.silu(channel_norm(x)))
         h = torch.addcmul(shift, channel_norm(h), 1 + scale)
         return x + self.conv1(F.silu(h))
 
 
 def channel_norm(x):
-    """LayerNorm over the channels of each pixel, x (B, C, H, W); free of copies in channels_last memory."""
+    """LayerNorm over the channels of each pixel, x (B, C, H, W); no copy in channels_last."""
     return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)
 
 
@@ -101,7 +103,7 @@ class UNet(nn.Module):
         return skip, self.mid(self.enc_half(self.down(skip), emb), emb)
 
     def features(self, x, c_noise, cond=None):
-        return self.encode(x, self.embed(c_noise, cond))[1]                           # (B, 2 width, H/2, W/2)
+        return self.encode(x, self.embed(c_noise, cond))[1]  # (B, 2 width, H/2, W/2)
 
     def forward(self, x, c_noise, cond=None):
         emb = self.embed(c_noise, cond)

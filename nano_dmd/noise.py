@@ -4,11 +4,11 @@ Noise is variance-exploding everywhere in this package:
 
     xt = x + sigma * noise,    x in data units (images in [-1, 1]),    noise ~ N(0, I)
 
-One number, sigma, says how noisy xt is. No alpha_t appears in any loss. A network that was trained with
-another convention (eps- or v-prediction) is converted once, by an adapter in denoiser.py.
+One number, sigma, says how noisy xt is. No alpha_t appears in any loss. A network that was trained
+with another convention (eps- or v-prediction) is converted once, by an adapter in denoiser.py.
 
-Limit: alpha_t = 0 (flow matching at t = 1, zero-SNR schedules) means sigma = infinity. Scores are asked at
-finite sigma only. A generator owns its input, so it may start from pure noise.
+Limit: alpha_t = 0 (flow matching at t = 1, zero-SNR schedules) means sigma = infinity. Scores are
+asked at finite sigma only. A generator owns its input, so it may start from pure noise.
 """
 
 import functools
@@ -20,8 +20,8 @@ import torch
 def expand(v, x):
     """Reshape v (B,) to (B, 1, ..., 1), so that it broadcasts against x (B, *S).
 
-    raises ValueError unless v is exactly (B,).  With 2D data and B = 2, another (2,) would broadcast
-    without a complaint.
+    raises ValueError unless v is exactly (B,).  With 2D data and B = 2, another (2,) would
+    broadcast without a complaint.
     """
     if v.shape != x.shape[:1]:
         want, got = (x.shape[0],), tuple(v.shape)
@@ -35,9 +35,10 @@ def add_noise(x, sigma, noise):
 
 
 def repeated(x, cond, n):
-    """x (B, *S) and cond None | (B, ...), every sample n times in a row: (n B, *S), None | (n B, ...).
+    """x (B, *S) and cond None | (B, ...), every sample n times in a row: (n B, ...) each.
 
-    A loss that noises each copy averages over n noises for one pass of the generator (cfg.noisings).
+    A loss that noises each copy averages over n noises for one pass of the generator
+    (cfg.noisings).
     """
     if n == 1:                                     # no copy: it would lose channels_last
         return x, cond
@@ -45,19 +46,19 @@ def repeated(x, cond, n):
 
 
 def karras(u, sigma_min=0.002, sigma_max=80.0, rho=7.0):
-    """Warp u in [0, 1] to a noise level: 0 -> sigma_max, 1 -> sigma_min.  EDM (Karras 2022) eq. 5."""
+    """Warp u in [0, 1] to a noise level: 0 -> sigma_max, 1 -> sigma_min.  EDM eq. 5."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return (high + u * (low - high)) ** rho
 
 
 def karras_sigmas(n, sigma_min=0.002, sigma_max=80.0, rho=7.0):
-    """The (n,) noise levels of EDM's sampler, descending from sigma_max.  float64: Heun adds them up."""
+    """The (n,) noise levels of EDM's sampler, descending; float64, since Heun adds them up."""
     return karras(torch.linspace(0, 1, n, dtype=torch.float64), sigma_min, sigma_max, rho)
 
 
 @functools.lru_cache(maxsize=8)
 def sd_sigmas(device="cpu"):
-    """The (1000,) noise levels of Stable Diffusion 1 and 2, .0292 to 14.61; the index is the timestep.
+    """The (1000,) noise levels of Stable Diffusion 1 and 2, .0292 to 14.61, by timestep.
 
     sqrt((1 - abar) / abar) of the "scaled linear" schedule: sqrt(beta) rises linearly.
     """
@@ -67,7 +68,7 @@ def sd_sigmas(device="cpu"):
 
 
 def parse_sigma(spec):
-    """'lognormal(mean,std)', 'karras(low,high)' or 'sd(first,last)' -> (name, a, b), else ValueError."""
+    """'karras(low,high)' -> ('karras', low, high), and so on.  raises ValueError."""
     match = re.fullmatch(r"(lognormal|karras|sd)\(([^,]+),([^,]+)\)", spec.replace(" ", ""))
     try:
         name, a, b = match[1], float(match[2]), float(match[3])

@@ -3,16 +3,16 @@
 NAME is shared by its methods; NAME-METHOD says what differs for one. `--preset NAME-METHOD` or
 `--preset NAME --method METHOD` picks it. The knobs are explained in engine/config.py.
 
-Published settings are written in our conventions. "Uniform t" of the papers is a karras(low,high). SiD
-sums over pixels and scales by 100, here losses are means: so w_sid = 100 CHW and w_fake = CHW (Adam
-divides constants out, except against its eps). Half-lives in images become updates.
+Published settings are written in our conventions. "Uniform t" of the papers is a karras(low,high).
+SiD sums over pixels and scales by 100, here losses are means: so w_sid = 100 CHW and w_fake = CHW
+(Adam divides constants out, except against its eps). Half-lives in images become updates.
 """
 
 # 2D points, exact score, one CPU thread: about 45 s each.
 PRESETS = {
     "toy": dict(
-        teacher="toy:ring8", method="dmd2", sigmas="1", bf16=True, batch=1024, threads=1, steps=9000,
-        lr_generator=1e-3, lr_critic=2e-3, warmup=100, decay_from=0.0, clip=0, ema=300,
+        teacher="toy:ring8", method="dmd2", sigmas="1", bf16=True, batch=1024, threads=1,
+        steps=9000, lr_generator=1e-3, lr_critic=2e-3, warmup=100, decay_from=0.0, clip=0, ema=300,
         dm_sigma="lognormal(-1.4,1.2)", critic_sigma="lognormal(-1.2,1.4)",
         gan_sigma="lognormal(-1.4,1.2)", log_every=100, sample_every=250, save_every=1000,
         pairs=100_000, pair_steps=64, pair_sigma=20),
@@ -27,7 +27,8 @@ PRESETS = {
 
 # 8x8 digits, two CPU cores: about a minute each.
 PRESETS |= {
-    "digits": dict(bf16=True, sigmas="2.5", dm_sigma="lognormal(-0.8,1.2)", gan_sigma="lognormal(-0.5,1.2)"),
+    "digits": dict(
+        bf16=True, sigmas="2.5", dm_sigma="lognormal(-0.8,1.2)", gan_sigma="lognormal(-0.5,1.2)"),
     "digits-dmd": dict(steps=500, lr_generator=1.5e-3, lr_critic=1.5e-3, control=True),
     "digits-dmd2": dict(steps=400, critic_steps=2, w_gan=0.1, w_disc=0.03),
     "digits-sid": dict(steps=900, lr_generator=5e-4, lr_critic=1.5e-3),
@@ -48,7 +49,8 @@ PRESETS |= {
 # DMD paper, appendix B.1 (CIFAR-10) and B.2 (ImageNet).
 DMD = dict(
     sigmas="80", dm_sigma="karras(0.0032,72)", critic_sigma="karras(0.002,80)",
-    gan_sigma="karras(0.002,80)", beta1=0.9, beta2=0.999, weight_decay=0.01, clip=10, warmup=500, ema=0)
+    gan_sigma="karras(0.002,80)", beta1=0.9, beta2=0.999, weight_decay=0.01, clip=10, warmup=500,
+    ema=0)
 CIFAR_DMD = dict(
     DMD, steps=300_000, batch=392, lr_generator=5e-5, lr_critic=5e-5, reg_loss="lpips")
 PRESETS |= {
@@ -59,8 +61,8 @@ PRESETS |= {
         reg_loss="lpips", pairs=25_000, pair_steps=256),
 }
 
-# CIFAR-10: FastGen config_dmd2_cifar10.py (conditional; its "100k iterations" are ours times 5); DMD2
-# itself has no such recipe.  ImageNet: DMD2 experiments/imagenet/*.sh, main/edm/train_edm.py.
+# CIFAR-10: FastGen config_dmd2_cifar10.py (conditional; its "100k iterations" are ours times 5);
+# DMD2 itself has no such recipe.  ImageNet: DMD2 experiments/imagenet/*.sh, main/edm/train_edm.py.
 CIFAR_DMD2 = dict(
     DMD, steps=20_000, batch=2048, lr_generator=1e-4, lr_critic=1e-4, critic_steps=5, w_gan=1e-3,
     w_disc=1e-2, flip=True, ema=500)
@@ -72,7 +74,8 @@ PRESETS |= {
         w_disc=1e-2),
 }
 
-# SiD run_sid.sh: lines 49-71, 20-45, 73-98, 100-125 (Differs: generator beta1 .9 there) and 127-151.
+# SiD run_sid.sh: lines 49-71, 20-45, 73-98, 100-125 (Differs: generator beta1 .9 there) and
+# 127-151.
 SID = dict(
     sigmas="2.5", dm_sigma="karras(0.002,24.4)", beta2=0.999, clip=0, warmup=0, alpha=1.2,
     lr_generator=1e-5, lr_critic=1e-5, w_sid=307_200, w_fake=3072, ema=1953, batch=256)
@@ -95,13 +98,15 @@ PRESETS["cifar10-diff_instruct"] = dict(
 SD = dict(
     teacher="stable-diffusion-v1-5/stable-diffusion-v1-5", bf16=True, half_frozen=True,
     checkpointing=True, decay_from=1.0, beta1=0.9, beta2=0.999, weight_decay=0.01, clip=10,
-    warmup=500, ema=0, sigmas="t999", unit_noise=True, dm_sigma="sd(20,980)", critic_sigma="sd(0,999)",
-    gan_sigma="sd(0,999)", lr_generator=1e-5, lr_critic=1e-5, pair_sigma=14.6, log_every=20,
+    warmup=500, ema=0, sigmas="t999", unit_noise=True, dm_sigma="sd(20,980)",
+    critic_sigma="sd(0,999)", gan_sigma="sd(0,999)", lr_generator=1e-5, lr_critic=1e-5,
+    pair_sigma=14.6, log_every=20,
     sample_every=100, save_every=200)
 SD_DMD2 = dict(steps=4000, batch=2048, guidance=1.75, critic_steps=10)
 PRESETS |= {
     "sd15": dict(SD, method="dmd2"),
-    # DMD paper, B.3.  Differs: L2 on latents (the paper's is --reg_loss lpips), Heun (there PNDM 50).
+    # DMD paper, B.3.  Differs: L2 on latents (the paper's is --reg_loss lpips), Heun (there PNDM
+    # 50).
     "sd15-dmd": dict(
         steps=20_000, batch=2304, guidance=3.0, w_reg=0.25, pairs=500_000, pair_steps=26),
     # DMD2 experiments/sdv1.5/*.sh: stage 1 (40k critic updates), then stage 2 (5k) on --init RUN.
@@ -124,17 +129,19 @@ PRESETS |= {
 CIFAR = dict(sigmas="2.5", dm_sigma="lognormal(-0.8,1.4)", gan_sigma="lognormal(-0.5,1.2)")
 PRESETS |= {
     "cifar10-scratch": dict(
-        LARGE | CIFAR, teacher="cifar10-scratch", method="dmd2", compile=True, batch=256, warmup=100,
-        decay_from=0.5, ema=200, flip=True, log_every=50, sample_every=250, save_every=500,
+        LARGE | CIFAR, teacher="cifar10-scratch", method="dmd2", compile=True, batch=256,
+        warmup=100, decay_from=0.5, ema=200, flip=True, log_every=50,
+        sample_every=250, save_every=500,
         pairs=50_000),
     "cifar10-scratch-dmd": dict(steps=5000, lr_generator=2e-4, lr_critic=2e-4),
     "cifar10-scratch-dmd2": dict(
         steps=4000, lr_generator=1e-4, lr_critic=2e-4, critic_steps=2, w_gan=0.03, w_disc=0.03),
     "cifar10-scratch-sid": dict(steps=6000, lr_generator=1e-4, lr_critic=2e-4),
     "cifar10-small": dict(
-        CIFAR, teacher="cifar10-small", method="dmd", bf16=True, batch=32, steps=300, sample_every=100,
-        save_every=100, pairs=1500, eval_images=1000),
+        CIFAR, teacher="cifar10-small", method="dmd", bf16=True, batch=32, steps=300,
+        sample_every=100, save_every=100, pairs=1500, eval_images=1000),
     "cifar10-small-dmd": dict(control=True),
-    "cifar10-small-dmd2": dict(critic_steps=2, steps=200, lr_generator=2e-4, w_gan=0.1, w_disc=0.03),
+    "cifar10-small-dmd2": dict(
+        critic_steps=2, steps=200, lr_generator=2e-4, w_gan=0.1, w_disc=0.03),
     "cifar10-small-sid": dict(lr_generator=1e-4, lr_critic=1e-3),
 }

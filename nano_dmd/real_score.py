@@ -1,13 +1,14 @@
 """The real score: the teacher, frozen.
 
-"Frozen" means that no weight moves. It does not mean no_grad: SiD and the GAN differentiate through the
-network with respect to its input. So requires_grad_(False) is set on the weights, and nothing else.
+"Frozen" means that no weight moves. It does not mean no_grad: SiD and the GAN differentiate through
+the network with respect to its input. So requires_grad_(False) is set on the weights, and nothing
+else.
 
-Guidance has one definition here, u + w (c - u), and w = 1 is off (as in diffusers). Ho & Salimans 2022
-write c + w' (c - u) for the same thing, w' = w - 1. Guidance acts on x0-predictions. That is the same as
-acting on eps- or v-predictions, because all three are affine in each other at fixed xt and sigma.
-Only the teacher is guided. The fake score tracks the generator as it is (DMD section 3.4). SiD-LSG is
-the exception: it guides both.
+Guidance has one definition here, u + w (c - u), and w = 1 is off (as in diffusers). Ho & Salimans
+2022 write c + w' (c - u) for the same thing, w' = w - 1. Guidance acts on x0-predictions. That is
+the same as acting on eps- or v-predictions, because all three are affine in each other at fixed xt
+and sigma. Only the teacher is guided. The fake score tracks the generator as it is (DMD section
+3.4). SiD-LSG is the exception: it guides both.
 """
 
 from torch import nn
@@ -27,7 +28,7 @@ class RealScore(nn.Module):
 
 
 def guided(denoiser, x, sigma, cond, w):
-    """u + w (c - u), the predictions without and with cond; one call where w = 1 or cond is None."""
+    """u + w (c - u): predictions without and with cond; one call where w = 1 or cond is None."""
     d_cond = denoiser(x, sigma, cond)
     if cond is None or w == 1:
         return d_cond

@@ -2,14 +2,15 @@
 
     MESM = E[ w |d_real(xt) - d_fake(xt)|^2 ],    x = G(z), xt = x + sigma noise
 
-d_fake only approximates the generator's score. So SiD mixes two estimates of MESM. L1 is the plug-in
-estimate. L2 is a projected form, equal to it on average when d_fake is optimal: E[x | xt] = d_fake.
+d_fake only approximates the generator's score. So SiD mixes two estimates of MESM. L1 is the
+plug-in estimate. L2 is a projected form, equal to it on average when d_fake is optimal: E[x | xt] =
+d_fake.
 
-    L1 = |d_real - d_fake|^2        L2 = (d_real - d_fake) (d_real - x)        loss = w (L2 - alpha L1)
+    L1 = |d_real - d_fake|^2      L2 = (d_real - d_fake) (d_real - x)      loss = w (L2 - alpha L1)
 
-With an optimal fake score the value is (1 - alpha) MESM on average: 0 at alpha = 1, negative above. So a
-falling loss is not progress. The gradient is half of MESM's own at alpha = 1/2 and nowhere else. Larger
-alphas do better in practice, because the fake score lags behind the generator.
+With an optimal fake score the value is (1 - alpha) MESM on average: 0 at alpha = 1, negative above.
+So a falling loss is not progress. The gradient is half of MESM's own at alpha = 1/2 and nowhere
+else. Larger alphas do better in practice, because the fake score lags behind the generator.
 """
 
 import torch
@@ -18,7 +19,7 @@ from nano_dmd.noise import add_noise, expand, repeated
 
 
 def sid_integrand(x, d_real, d_fake, alpha, normalise=True):
-    """SiD's loss, elementwise, with the normaliser 1 / mean_pixels |x - d_real|.  SiD sid_loss.py:53-55.
+    """SiD's loss, elementwise, normaliser 1 / mean |x - d_real| included.  SiD sid_loss.py:53-55.
 
         (d_real - d_fake) * ((d_real - x) - alpha (d_real - d_fake)) / mean_pixels |x - d_real|
 

@@ -1,6 +1,7 @@
 """Teachers: the diffusion models to distil, by name, and what they answer.
 
-This is the front door to nano_dmd/teachers, where networks are built, read from files and downloaded.
+This is the front door to nano_dmd/teachers, where networks are built, read from files and
+downloaded.
 """
 
 from typing import Callable, NamedTuple
@@ -15,12 +16,12 @@ from nano_dmd.denoiser import Denoiser, heun
 class Teacher(NamedTuple):
     """A diffusion model: what the real score asks, and what students start from."""
 
-    kind: str                       # "points" | "images" | "text": latents, told what to show by prompts
+    kind: str  # "points" | "images" | "text": latents, told what to show by prompts
     denoiser: Denoiser              # asked by the real score
     shape: tuple                    # (*S) of one sample
     classes: int                    # 0 = unconditional
     sigma_data: float               # std of the data, for the weight of the denoising loss
-    data: str                       # name of the data set it was trained on, "" if that is not known
+    data: str  # name of the data set it was trained on, "" if that is not known
     net: nn.Module | None = None    # a Denoiser students start from; None for an exact mixture
     recipe: dict | None = None      # how net was made (teachers/zoo.py)
     sigmas: tuple = (0.002, 80.0)   # noise levels between which Heun samples
@@ -36,7 +37,7 @@ def load_teacher(name, device="cpu", **options):
     edm:NAME        EDM's published weights, downloaded once (edm_checkpoint.PUBLISHED)
     FILE.pkl        weights in EDM's format; nothing in the file is executed
     a folder        of a previous run, of the cache, or of a diffusers pipeline
-    OWNER/MODEL     a diffusers pipeline on the hub: google/ddpm-cifar10-32, or Stable Diffusion 1 or 2
+    OWNER/MODEL     a diffusers pipeline on the hub, google/ddpm-cifar10-32 or Stable Diffusion
 
     options  steps, seed, data, compile, show: of a teacher that is trained here (zoo.find)
     raises UserError if there is no such teacher.
@@ -47,7 +48,7 @@ def load_teacher(name, device="cpu", **options):
 
 
 def make_pairs(denoiser, z, cond=None, batch=500, show=True, **heun_args):
-    """DMD's regression targets: x (N, *S), the teacher's Heun answer to each unit noise z (N, *S)."""
+    """DMD's regression targets: x (N, *S), the teacher's answer to each unit noise z (N, *S)."""
     answers = []
     for i in tqdm(range(0, len(z), batch), desc="pairs", disable=not show):
         some = None if cond is None else cond[i : i + batch]

@@ -15,8 +15,8 @@ from torch import nn
 from nano_dmd import evaluate
 from nano_dmd.engine import parallel
 from nano_dmd.engine.build import prepare, set_learning_rates
-from nano_dmd.engine.config import (Config, add_config_flags, describe, free_folder, parser, resolve,
-                                    resolve_resumed)
+from nano_dmd.engine.config import (Config, add_config_flags, describe, free_folder, parser,
+                                    resolve, resolve_resumed)
 from nano_dmd.engine.files import (UserError, check_writable, command, load_checkpoint, own_state,
                                    read_json, save_tensors, write_json)
 from nano_dmd.engine.machine import Clock, compiled, machine, pick_device
@@ -79,7 +79,8 @@ def check_finite(history, nets):
     for name in ("fake", "discriminator", "generator") if history else ():
         norm = nn.utils.get_total_norm(getattr(nets, name).parameters())
         if not parallel.gather(norm).isfinite():
-            raise UserError(f"a weight of {name} is not finite after step {history[-1][0]}; {advice}")
+            last = history[-1][0]
+            raise UserError(f"a weight of {name} is not finite after step {last}; {advice}")
 
 
 def run(cfg, resume=False):
@@ -107,14 +108,15 @@ def run(cfg, resume=False):
 
 
 def finish(cfg, teacher, nets, draw, progress, seconds, processes):
-    """Weights, a last picture and the report of a trained run, by the processes that can ask its nets."""
+    """Weights, a last picture and the report of a trained run."""
     if not progress.watches:
         return parallel.close()
     weights = parallel.gather(own_state(nets.ema))
     if not cfg.shard:
         parallel.close()
     if progress.writes:
-        save_tensors(progress.out / "generator.safetensors", weights, sigmas=cfg.sigmas, preset=cfg.preset)
+        path = progress.out / "generator.safetensors"
+        save_tensors(path, weights, sigmas=cfg.sigmas, preset=cfg.preset)
     progress.save_samples(nets.ema, progress.out / "samples.png", beside_teacher=True)
     rows = control_row(cfg) if processes == 1 else {}
     if teacher.kind == "text":
@@ -157,8 +159,8 @@ def main(argv=None):
         return
     if not resume and (Path(cfg.out) / "checkpoint.pt").exists():
         if "out" in given:
-            raise UserError(f"{cfg.out} already holds a run: add --resume to go on with it, or choose "
-                            "another --out")
+            raise UserError(f"{cfg.out} already holds a run: add --resume to go on with it, or "
+                            "choose another --out")
         cfg = replace(cfg, out=free_folder(cfg.out))
     first = os.environ.get("RANK", "0") == "0"
     if first:

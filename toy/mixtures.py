@@ -1,8 +1,9 @@
 """Gaussian mixtures: everything a diffusion model is supposed to learn, in closed form at every noise level.
 
-Adding noise to a mixture of isotropic Gaussians gives a mixture of wider ones, so the noised density, its
-score and the ideal denoiser are exact. All sums over components run in log space: 30 standard deviations
-out, where an untrained generator may put its samples, exp() would underflow and the score would be 0/0.
+Adding noise to a mixture of isotropic Gaussians gives a mixture of wider ones, so the noised
+density, its score and the ideal denoiser are exact. All sums over components run in log space: 30
+standard deviations out, where an untrained generator may put its samples, exp() would underflow and
+the score would be 0/0.
 """
 
 import math
@@ -13,7 +14,8 @@ import torch
 class Mixture:
     """sum_k weight_k N(mean_k, std_k^2 I).  A Denoiser, and a data set.
 
-    means (K, D); std float or (K,); weights (K,) or None for equal ones; labels (K,) int64 classes or None.
+    means (K, D); std float or (K,); weights (K,) or None for equal ones; labels (K,) int64 classes
+    or None.
     """
 
     def __init__(self, means, std, weights=None, labels=None):
@@ -22,7 +24,7 @@ class Mixture:
         self.std = torch.as_tensor(std, dtype=torch.float32).expand(k).clone()
         weights = torch.ones(k) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
         self.weights, self.labels = weights / weights.sum(), labels
-        self.odds = self.weights.cpu()                            # never moved: to draw there, a GPU need not be waited for
+        self.odds = self.weights.cpu()  # never moved: to draw there, a GPU need not be waited for
         self.shape = tuple(self.means.shape[1:])
         self.classes = 0 if labels is None else int(labels.max()) + 1
 
@@ -36,10 +38,13 @@ class Mixture:
             other.labels = self.labels.to(target)
         return other
 
-    def sample(self, n, generator=None):
-        """n clean points (n, D) and their labels; a CPU generator gives the same points on every device."""
+    kind = "points"
+
+    def sample(self, n, generator=None, rows=slice(None)):
+        """n clean points (n, D) and their labels, or some rows of them; a CPU generator gives the same on every device."""
         k = torch.multinomial(self.odds, n, replacement=True, generator=generator).to(self.means.device, non_blocking=True)
         noise = torch.randn(n, *self.shape, generator=generator).to(self.means, non_blocking=True)
+        k, noise = k[rows], noise[rows]
         return self.means[k] + self.std[k, None] * noise, None if self.labels is None else self.labels[k]
 
     def _log_terms(self, x, sigma, cond=None):
@@ -93,7 +98,7 @@ def spirals():
 def checkerboard():
     """8 dark squares of a 4 x 4 board, each filled by 16 components of std 0.06."""
     inside = (torch.arange(4.0) + 0.5) / 4
-    cell = torch.cartesian_prod(inside, inside)                                       # (16, 2) in [0, 1]^2
+    cell = torch.cartesian_prod(inside, inside)  # (16, 2) in [0, 1]^2
     squares = torch.tensor([(i, j) for i in range(4) for j in range(4) if (i + j) % 2 == 0], dtype=torch.float32)
     points = (squares[:, None] + cell - 2).reshape(-1, 2)
     return Mixture(0.5 * points / points.std(), 0.06)
@@ -101,7 +106,7 @@ def checkerboard():
 
 MIXTURES = {
     "ring8": ring,
-    "ring8_skewed": lambda: ring(torch.tensor([1.6, 0.4] * 4)),                        # a flawed teacher for the GAN
+    "ring8_skewed": lambda: ring(torch.tensor([1.6, 0.4] * 4)),  # a flawed teacher for the GAN
     "grid25": grid25,
     "spirals": spirals,
     "checkerboard": checkerboard,

@@ -1,7 +1,8 @@
 """Drawings of 2D points and vector fields: plot_x(ax, ...), and whole figures made of them.
 
-The same axes and colours in every picture: REAL for the target and its score, FAKE for the student and its score,
-TEACHER for what the teacher samples in many steps, GRADIENT for the direction in which DMD moves samples.
+The same axes and colours in every picture: REAL for the target and its score, FAKE for the student
+and its score, TEACHER for what the teacher samples in many steps, GRADIENT for the direction in
+which DMD moves samples.
 """
 
 import io
@@ -13,7 +14,7 @@ from nano_dmd.engine.files import write_atomic
 from nano_dmd.plot import figure
 
 REAL, FAKE, TEACHER, GRADIENT = "#0072B2", "#D55E00", "#009E73", "#AA3377"             # safe for colour-blind readers
-EXTENT = 1.25                                                     # data units; every mixture has std 0.5 per axis
+EXTENT = 1.25  # data units; every mixture has std 0.5 per axis
 
 
 def plot_plane(ax, title=""):
@@ -69,8 +70,9 @@ def samples_figure(panels):
 def field_figure(x, points, scores):
     """A row per noise level: real score, fake score, their difference; scores {sigma: (real, fake), each (N, 2)}.
 
-    x (M, 2) generator samples. Arrows are faint where noised samples hardly ever come, as no method looks there.
-    Both scores of a row share one scale; the difference, which is smaller, has its own.
+    x (M, 2) generator samples. Arrows are faint where noised samples hardly ever come, as no method
+    looks there. Both scores of a row share one scale; the difference, which is smaller, has its
+    own.
     """
     fig, axes = figure(len(scores), 3, 12, 0.4 + 4.1 * len(scores))
     for line, (sigma, (real, fake)) in zip(axes, scores.items()):
@@ -95,7 +97,7 @@ def movie_frames(true, movie):
             plot_points(ax, true, REAL, alpha=0.15)
             plot_points(ax, x, FAKE, alpha=0.6)
         yield to_image(fig)
-        fig.set_layout_engine("none")                             # the axes stay where the first frame put them
+        fig.set_layout_engine("none")  # the axes stay where the first frame put them
 
 
 def to_image(fig):
@@ -113,7 +115,7 @@ def palette(steps=12):
     from PIL import Image
 
     inks = np.array([to_rgb(colour) for colour in (REAL, FAKE, "black")])[:, None]    # (3, 1, 3)
-    shades = 1 - np.linspace(0, 1, steps)[:, None] * (1 - inks)                       # (3, steps, 3)
+    shades = 1 - np.linspace(0, 1, steps)[:, None] * (1 - inks)  # (3, steps, 3)
     image = Image.new("P", (1, 1))
     image.putpalette((255 * shades).round().astype(np.uint8).tobytes())
     return image

@@ -32,7 +32,7 @@ def prepare(cfg, device, resumed=""):
                         f"{', '.join('--' + w for w in weights)} a weight")
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
-    data = None                                    # a typo in its name shows before the teacher trains
+    data = None  # a typo in its name shows before the teacher trains
     if cfg.data and not cfg.prompts:
         data = load_data(cfg.data, device, cfg.flip)
         if not data.classes and cfg.teacher in RECIPES:
@@ -50,13 +50,13 @@ def prepare(cfg, device, resumed=""):
 
 def build(cfg, teacher, device):
     """(Nets, {"generator", "critic"} optimisers) of a fresh run."""
-    torch.manual_seed(cfg.seed)                    # the same run, whether the teacher was cached or not
+    torch.manual_seed(cfg.seed)  # the same run, whether the teacher was cached or not
     lora = partial(lora_copy, rank=cfg.lora_generator), partial(lora_copy, rank=cfg.lora_critic)
     generator = Generator(teacher.net, cfg.sigma_list(), cfg.unit_noise, copy=lora[0])
     fake = FakeScore(teacher.net, cfg.fake_guidance, copy=lora[1])
     for net in (generator.net, fake.net, teacher.net):
         tune(net, cfg, device)
-    if cfg.half_frozen and fast_bf16(device):      # in place: copies that share these weights follow
+    if cfg.half_frozen and fast_bf16(device):  # in place: copies that share these weights follow
         for p in teacher.net.net.parameters():
             p.data = p.data.bfloat16()             # the adapter's noise table stays float32
     discriminator = head(fake, teacher, cfg, device)
@@ -118,7 +118,7 @@ def offload(denoiser, device):
     """Keep a frozen denoiser's weights in the host's memory; device has them during each call."""
     home = {p: p.data.cpu() for p in denoiser.parameters()}
     if torch.device(device).type == "cuda":
-        home = {p: data.pin_memory() for p, data in home.items()}              # twice as fast to copy
+        home = {p: data.pin_memory() for p, data in home.items()}  # twice as fast to copy
 
     def fetch(module, args):
         if torch.is_grad_enabled() and args[0].requires_grad:

@@ -1,6 +1,7 @@
 """Config: every knob with its unit, default and range, and how a command line becomes one.
 
-Order of precedence: the defaults below < PRESETS[preset] < PRESETS[preset-method] < the command line.
+Order of precedence: the defaults below < PRESETS[preset] < PRESETS[preset-method] < the command
+line.
 """
 
 import argparse
@@ -295,7 +296,7 @@ def add_config_flags(parser):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
         words = f"{f.metadata['help']} (default: {f.default!r})"
-        kind = None if f.type is str else number(-math.inf, math.inf, f.type)       # validate: ranges
+        kind = None if f.type is str else number(-math.inf, math.inf, f.type)  # validate: ranges
         how = dict(type=kind, metavar=f.type.__name__)
         if f.type is bool:
             how = dict(action=argparse.BooleanOptionalAction)

@@ -1,7 +1,8 @@
 """Batches: everything random that an update sees.
 
-Several processes may share a batch (engine/parallel.py). All of them draw the joint batch, from random
-streams in step, and each keeps its own rows. So N processes see together what one alone would see.
+Several processes may share a batch (engine/parallel.py). All of them draw the joint batch, from
+random streams in step, and each keeps its own rows. So N processes see together what one alone
+would see.
 """
 
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ class Draw:
     def __init__(self, cfg, teacher, data, pairs, rng, device, prompts=None):
         self.cfg, self.rng, self.device = cfg, rng, device
         self.teacher, self.data, self.pairs, self.prompts = teacher, data, pairs, prompts
-        self.sources = sources(cfg)                # once: a large folder takes seconds to look through
+        self.sources = sources(cfg)  # once: a large folder takes seconds to look through
         self.k, self.latest = len(cfg.sigma_list()), None
 
     def integers(self, high, n):

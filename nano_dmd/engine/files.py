@@ -208,7 +208,7 @@ def read_lines(path):
     if b"\0" in data:
         raise UserError(f"{path} holds zeros and is no UTF-8 text: save the file as UTF-8")
     try:
-        text = data.decode("utf-8").replace("\ufeff", "")         # Windows' Notepad puts this mark first
+        text = data.decode("utf-8").replace("\ufeff", "")  # Windows' Notepad puts this mark first
     except UnicodeDecodeError as e:
         number = data.count(b"\n", 0, e.start) + 1
         raise UserError(f"{path}, line {number}, is not UTF-8 text: save the file as UTF-8") from e
@@ -226,7 +226,8 @@ def save_tensors(path, tensors, **metadata):
 def load_tensors(path, wanted=None):
     """The tensors of a safetensors file; nothing in it is executed.
 
-    wanted  {name: (dtype, shape)}, see schema.wrong_tensors.  raises UserError where it is otherwise
+    wanted  {name: (dtype, shape)}, see schema.wrong_tensors.  raises UserError where it is
+    otherwise
     """
     if not Path(path).exists():
         raise UserError(f"no {path}; is this the folder of a finished run?")
@@ -272,7 +273,7 @@ def load_checkpoint(path, device="cpu"):
     with blame(f"checkpoint {path} is corrupt or not ours", "delete it or restore a copy"):
         with zipfile.ZipFile(path) as f:
             if sum(part.file_size for part in f.infolist()) > os.path.getsize(path):
-                raise ValueError("it would grow while it is unpacked")         # torch never compresses
+                raise ValueError("it would grow while it is unpacked")  # torch never compresses
             if bad := f.testzip():                 # torch.load does not compare checksums
                 raise ValueError(f"wrong checksum of {bad}")
         saved = torch.load(path, map_location=device, weights_only=True)

@@ -15,7 +15,8 @@ from nano_dmd.teachers.zoo import RECIPES, fit_or_load, weights_digest
 def find_teacher(cfg, device, resumed=""):
     """The Teacher, with a network to start students from: an exact mixture gets one fitted to it.
 
-    resumed  folder of a run: its own teacher, whatever became of the data that teacher was trained on
+    resumed  folder of a run: its own teacher, whatever became of the data that teacher was trained
+    on
     """
     if resumed:
         teacher = load_teacher(str(resumed), device)
@@ -34,8 +35,8 @@ def find_teacher(cfg, device, resumed=""):
 def find_data(cfg, teacher, device, data=None):
     """Real data that fits the teacher, or None: cfg.data, else what the teacher was trained on here.
 
-    data  what cfg.data names, if it is loaded already.  raises UserError if needed data is not known,
-    or does not fit
+    data  what cfg.data names, if it is loaded already.  raises UserError if needed data is not
+    known, or does not fit
     """
     several = len(cfg.sigma_list()) > 1 and not cfg.backward_simulation
     needed = several or "real" in needs(cfg)

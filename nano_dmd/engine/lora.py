@@ -1,8 +1,9 @@
 """Low-rank updates (LoRA) on a denoiser's frozen weights.
 
-The teacher, a LoRA fake score and a LoRA student of Stable Diffusion hold 860 M weights once, not three
-times. The sharing copy is a network of its own whose tensors are the teacher's. Nothing is switched while
-it runs, so gradient checkpointing, which runs parts of a forward again, finds the same network.
+The teacher, a LoRA fake score and a LoRA student of Stable Diffusion hold 860 M weights once, not
+three times. The sharing copy is a network of its own whose tensors are the teacher's. Nothing is
+switched while it runs, so gradient checkpointing, which runs parts of a forward again, finds the
+same network.
 """
 
 import copy
@@ -10,7 +11,7 @@ import copy
 from nano_dmd.denoiser import trainable_copy
 from nano_dmd.engine.files import UserError
 
-ALPHA = 8                                          # the update is ALPHA / rank * B A, as in DMD2 (rank 64)
+ALPHA = 8  # the update is ALPHA / rank * B A, as in DMD2 (rank 64)
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
            "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv",
            "time_emb_proj"]                        # DMD2 sd_unified_model.py:44-69
@@ -25,7 +26,8 @@ def sharing_copy(module):
 def lora_copy(denoiser, rank=0):
     """A copy to train: in full (rank 0), or low-rank updates of that rank, zero at first.
 
-    raises UserError for LoRA on a network that is not diffusers' U-Net, or without the package for it
+    raises UserError for LoRA on a network that is not diffusers' U-Net, or without the package for
+    it
     """
     if not rank:
         return trainable_copy(denoiser)

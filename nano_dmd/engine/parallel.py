@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 8 -m nano_dmd.train --preset cifar10
 
-Every process works on batch / N samples. All draw the same random numbers for the joint batch and keep
-their own rows (engine/draw.py). So N processes do what one would, up to the order of sums. Each holds all
-networks (DDP). With --shard each holds an N-th of every weight, gradient and moment, and borrows the rest
-while a block computes (FSDP2).
+Every process works on batch / N samples. All draw the same random numbers for the joint batch and
+keep their own rows (engine/draw.py). So N processes do what one would, up to the order of sums.
+Each holds all networks (DDP). With --shard each holds an N-th of every weight, gradient and moment,
+and borrows the rest while a block computes (FSDP2).
 """
 
 import atexit
@@ -44,7 +44,7 @@ def begin(cfg, device):
         note("with one sample at a time, the log cannot tell whether samples collapse (no spread)")
     if cfg.shard and count > 1 and device.type == "cpu" and torch.__version__ < "2.7":
         raise UserError(f"--shard on a CPU needs torch 2.7, not {torch.__version__}: leave it out")
-    if count > 1 and not dist.is_initialized():    # the timeout: all wait while one trains a teacher
+    if count > 1 and not dist.is_initialized():  # the timeout: all wait while one trains a teacher
         dist.init_process_group(timeout=timedelta(hours=24))
     return place()
 
@@ -88,7 +88,7 @@ def share(nets, opts, cfg):
     for which, group in groups.items():
         if cfg.shard and not lora[which]:
             shard(group, opts[which])
-        else:                                      # no loss may reach some weight: unused classes, say
+        else:  # no loss may reach some weight: unused classes, say
             ddp[which] = DistributedDataParallel(Group(*group), find_unused_parameters=True)
     if cfg.shard and not cfg.lora_generator and nets.ema is not nets.generator:
         shard([nets.ema.net])
@@ -117,7 +117,7 @@ def shard(group, opt=None):
         net.to(memory_format=torch.contiguous_format)             # FSDP2 splits nothing else
         for block in blocks(net):
             fully_shard(block)
-        fully_shard(net, reshard_after_forward=True)              # also after a pass without backward
+        fully_shard(net, reshard_after_forward=True)  # also after a pass without backward
         if hasattr(net, "features"):               # the other way into a Denoiser
             register_fsdp_forward_method(net, "features")
     if opt is None:
@@ -163,8 +163,9 @@ def close():
 def exit_cleanly():
     """End a process that worked with others: exit code 0, without Python's own shutdown.
 
-    DDP and FSDP2 leave threads of gloo running.  One that still holds a Python object then aborts the
-    process, and torchrun sees a failed run (torch 2.14: 3 of 48 runs; pytorch pull request 179291).
+    DDP and FSDP2 leave threads of gloo running.  One that still holds a Python object then aborts
+    the process, and torchrun sees a failed run (torch 2.14: 3 of 48 runs; pytorch pull request
+    179291).
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         atexit._run_exitfuncs()                    # what others want done, W&B's last upload say

@@ -17,7 +17,8 @@ from nano_dmd.noise import add_noise
 class Progress:
     """Watches a run by fixed noise.  Only the first process writes; the others do nothing.
 
-    Where weights are sharded, no process can ask a network alone.  Then all watch, and the first writes.
+    Where weights are sharded, no process can ask a network alone.  Then all watch, and the first
+    writes.
     """
 
     def __init__(self, cfg, teacher, device, out, prompts=None, rank=0, step=0):
@@ -132,7 +133,8 @@ def flatten(record, prefix=""):
 def tracker(cfg, out, step=0):
     """send(record) for --log_to.  raises UserError if the package is missing.
 
-    A run resumed after `step` goes on in the same record; what was sent after that step is sent again.
+    A run resumed after `step` goes on in the same record; what was sent after that step is sent
+    again.
     """
     if not cfg.log_to:
         return lambda record: None

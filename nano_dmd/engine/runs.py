@@ -46,7 +46,8 @@ def state(cfg, step, seconds, nets, opts, draw):
 def restore(saved, cfg, nets, opts, draw, path):
     """The inverse of state(): (step, seconds, processes).  raises UserError about what does not fit.
 
-    Of the optimisers only the moments are taken.  Their settings follow from cfg and must be the same.
+    Of the optimisers only the moments are taken.  Their settings follow from cfg and must be the
+    same.
     """
     try:
         if difference := same_run(cfg, Config(**saved["config"])):

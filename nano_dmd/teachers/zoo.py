@@ -1,6 +1,7 @@
 """Where teachers come from: trained here, read from a folder, or converted from others' files.
 
-A teacher at rest is a folder.  teacher.json says how to build the network, teacher.safetensors holds it.
+A teacher at rest is a folder.  teacher.json says how to build the network, teacher.safetensors
+holds it.
 """
 
 import hashlib
@@ -22,8 +23,9 @@ SMALL_EDM = dict(model_type="SongUNet", img_resolution=32, img_channels=3, label
                  model_channels=64, channel_mult=[2, 2, 2], num_blocks=2, attn_resolutions=[16],
                  dropout=0.0)
 
-# How a teacher is trained when nobody has one: steps x batch samples, Adam lr, ema half-life in steps.
-# data "" = what --data says, else CIFAR-10; the network gets the channels and classes of the data.
+# How a teacher is trained when nobody has one: steps x batch samples, Adam lr, ema half-life in
+# steps. data "" = what --data says, else CIFAR-10; the network gets the channels and classes of the
+# data.
 RECIPES = {
     "toy": dict(network="mlp", args=dict(octaves=5), data="", sigma_data=0.5, bf16=True,
                 sigma="lognormal(-1.2,1.4)", steps=4000, batch=1024, lr=2e-3, ema=100,
@@ -132,7 +134,7 @@ def save_teacher(folder, net, recipe):
     recipe  network, args, sigma_data, bf16 to build it; shape, classes, data, seconds, cpu_seconds
     """
     write_json(Path(folder) / "teacher.json", recipe)
-    if "source" not in recipe:                     # a pipeline with text stays where it is: gigabytes
+    if "source" not in recipe:  # a pipeline with text stays where it is: gigabytes
         save_tensors(Path(folder) / "teacher.safetensors", net.state_dict())
 
 
@@ -217,7 +219,7 @@ def folder_of(name):
         file = edm.fetch_edm(name) if name.startswith("edm:") else path
         if not file.is_file():
             raise UserError(f"no file {name}: give an EDM .pkl, or a name like edm:cifar10-cond")
-        data = "cifar10" if "cifar10" in file.name else ""        # of others' data we have no metrics
+        data = "cifar10" if "cifar10" in file.name else ""  # of others' data we have no metrics
         key = [edm.sha256(file), data]
         return kept("edm", key, lambda folder: save_teacher(folder, *edm.converted(file, data)))
     if is_pipeline(name):
