@@ -28,7 +28,7 @@ from toy.plots import (FAKE, REAL, TEACHER, field_figure, lattice, movie_frames,
                        save_movie)
 
 COLUMNS = {
-    "sw2": "sliced 2-Wasserstein distance to the target over that of fresh true samples (1 = perfect)",
+    "sw2": "sliced 2-Wasserstein distance to the target over that of true samples (1 = perfect)",
     "modes": "modes that hold more than a quarter of their share",
     "in3": "share of samples within 3 std of a mode",
     "weight_error": "largest relative error of a mode's share",
@@ -86,8 +86,8 @@ def draw_field(path, cfg, sigmas):
         level = points.new_full(points.shape[:1], sigma)
         scores[sigma] = [score(d, points, level).detach().cpu() for d in (nets.real, nets.fake)]
     fig = field_figure(sample(nets.generator, 2000), points.cpu(), scores)
-    fig.suptitle(f"after {step} updates of {cfg.method}: dots are generator samples, DMD moves them "
-                 "along real - fake\narrows are faint where samples plus noise hardly ever come")
+    fig.suptitle(f"after {step} updates of {cfg.method}: dots are generator samples, DMD moves "
+                 "them along real - fake\narrows are faint where noised samples hardly ever come")
     save_figure(fig, path)
 
 
@@ -146,8 +146,8 @@ def explained(result, seeds):
 def main(argv=None):
     p = parser("python -m toy", __doc__)
     p.add_argument("--target", default="ring8", help=" | ".join(MIXTURES))
-    p.add_argument("--methods", default=",".join([*METHODS][:3]), help=f"some of {', '.join(METHODS)}")
-    p.add_argument("--seeds", type=number(1, 10**6), default=5, help="runs per method, seeds 0, 1, ...")
+    p.add_argument("--methods", default=",".join([*METHODS][:3]), help=" | ".join(METHODS))
+    p.add_argument("--seeds", type=number(1, 10**6), default=5, help="runs per method")
     p.add_argument("--steps", type=number(0, 10**9), default=0, help="updates; 0 = the preset's")
     p.add_argument("--flags", default="", help='flags of nano_dmd.train: --flags="--batch 256"')
     p.add_argument("--jobs", type=number(1, 1000), default=1, help="runs side by side")
@@ -157,7 +157,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     rows, sigmas = rows_of(args), noise_levels(args.sigma)
     out = Path(args.out or f"runs/toy-{args.target}")
-    print(f"{', '.join(rows)}: {args.seeds} seeds each, in {out}/; runs that are there are kept", flush=True)
+    print(f"{', '.join(rows)}: {args.seeds} seeds each, in {out}/, finished ones kept", flush=True)
     result = compare("toy", list(rows.values()), args.seeds, out, args.jobs)
     result = {m: result[row] for m, row in rows.items()} | {"teacher": result["teacher"]}
     print(explained(result, args.seeds), flush=True)
@@ -167,7 +167,8 @@ def main(argv=None):
         print(MISSING)
         return
     names, configs = folder_names(rows.values()), {m: config(row) for m, row in rows.items()}
-    draw_samples(out / "samples.png", args.target, {m: out / names[r] / "0" for m, r in rows.items()}, result)
+    folders = {m: out / names[row] / "0" for m, row in rows.items()}
+    draw_samples(out / "samples.png", args.target, folders, result)
     draw_field(out / "field.png", next(iter(configs.values())), sigmas)
     draw_movie(out / "samples.gif", args.target, configs)
     print(f"samples.png, field.png and samples.gif are in {out}/")

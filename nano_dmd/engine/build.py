@@ -72,7 +72,8 @@ def build(cfg, teacher, device):
     if cfg.offload_teacher and isinstance(teacher.denoiser, nn.Module):        # not a formula
         offload(teacher.denoiser, device)
     critic = [*fake.parameters(), *discriminator.parameters()]
-    return nets, {"generator": optimiser(generator.parameters(), cfg), "critic": optimiser(critic, cfg)}
+    return nets, {"generator": optimiser(generator.parameters(), cfg),
+                  "critic": optimiser(critic, cfg)}
 
 
 def tune(denoiser, cfg, device):
@@ -80,13 +81,13 @@ def tune(denoiser, cfg, device):
     denoiser.bf16 = cfg.bf16 and fast_bf16(device)
     if cfg.checkpointing:
         if not hasattr(denoiser.net, "checkpointing"):
-            raise UserError(f"--checkpointing: {type(denoiser.net).__name__} cannot recompute activations; "
-                            "leave it out")
+            raise UserError(f"--checkpointing: {type(denoiser.net).__name__} cannot recompute "
+                            "activations; leave it out")
         denoiser.net.checkpointing = True
 
 
 def head(fake, teacher, cfg, device):
-    """The Discriminator.  Small ones are drawn without GAN too, so that a seed starts the same run."""
+    """The Discriminator.  Small ones are drawn without GAN too: a seed starts the same run."""
     if teacher.kind == "text" and not cfg.w_disc:  # 10 M weights for nothing
         return nn.Identity()
     z = torch.zeros(2, *teacher.shape, device=device)
@@ -102,8 +103,9 @@ def perceptual_distance(cfg, teacher, device):
     from nano_dmd.teachers.text_to_image import differentiable_decoder
 
     if teacher.kind != "text":
-        return lpips(device, None)
-    return lpips(device, differentiable_decoder(cfg.lpips_decoder, teacher.recipe["source"], device))
+        return lpips(device)
+    source = teacher.recipe["source"]
+    return lpips(device, differentiable_decoder(cfg.lpips_decoder, source, device))
 
 
 def begin_from(folder, nets, device):
@@ -122,8 +124,8 @@ def offload(denoiser, device):
 
     def fetch(module, args):
         if torch.is_grad_enabled() and args[0].requires_grad:
-            raise UserError("--offload_teacher: this method differentiates through the teacher, whose "
-                            "weights must stay on the device: leave it out")
+            raise UserError("--offload_teacher: this method differentiates through the teacher, so "
+                            "its weights must stay on the device: leave it out")
         for p in home:
             p.data = home[p].to(device, non_blocking=True)
 
@@ -151,7 +153,7 @@ def optimiser(parameters, cfg):
 
 
 def set_learning_rates(opts, step, cfg):
-    """Linear warm-up, then linear decay to 0 from cfg.decay_from of the run, for both optimisers."""
+    """Linear warm-up, then linear decay to 0 from cfg.decay_from of the run on."""
     left = (1 - step / cfg.steps) / (1 - cfg.decay_from) if cfg.decay_from < 1 else 1.0
     factor = min(1.0, left, (step + 1) / cfg.warmup if cfg.warmup else 1.0)
     for name, opt in opts.items():

@@ -34,12 +34,12 @@ class Config:
     seed: int = knob(0, "everything drawn in the run follows from it", 0, 2**63 - 1)
     steps: int = knob(400, "generator updates", 1, MANY)
     init: str = knob("", "run folder to start generator and fake score from: DMD2's second stage")
-    control: bool = knob(False, "methods with pairs: also train a student by regression alone, to beat")
+    control: bool = knob(False, "methods with pairs: also train by regression alone")
 
-    teacher: str = knob("digits", "toy:NAME | digits | edm:NAME | FILE.pkl | hub name | folder of a model or run")
+    teacher: str = knob("digits", "toy:NAME | digits | edm:NAME | FILE.pkl | hub name | folder")
     teacher_steps: int = knob(0, "updates when training the teacher; 0 = its recipe's", 0, MANY)
     teacher_seed: int = knob(0, "seed of the teacher's training", 0, 2**63 - 1)
-    data: str = knob("", "digits | toy:NAME | cifar10 | folder of images | EDM's .zip; empty = the teacher's")
+    data: str = knob("", "digits | toy:NAME | cifar10 | folder | EDM's .zip; empty = the teacher's")
     flip: bool = knob(False, "mirror real images at random")
     prompts: str = knob("", "Stable Diffusion: text file, one prompt to a line")
     guidance: float = knob(1.0, "teacher guidance w in u + w (c - u); 1 = off", -100, 100)
@@ -56,15 +56,15 @@ class Config:
     critic_steps: int = knob(1, "critic updates per generator update (TTUR)", 1, 1000)
     alpha: float = knob(1.0, "SiD's alpha: 0.5 is unbiased, 1.0-1.2 works best", -100, 100)
     normalise: bool = knob(True, "SiD: divide each sample's loss by mean |x - d_real|")
-    fake_guidance: float = knob(1.0, "guidance of the fake score; 1 = off (on in SiD-LSG alone)", -100, 100)
-    critic_dropout: float = knob(0.0, "share of labels dropped in the denoising loss, for fake_guidance", 0, 1)
-    reg_loss: str = knob("l2", "l2 | lpips (the paper's; needs the eval extra)", choices=("l2", "lpips"))
-    lpips_decoder: str = knob("madebyollin/taesd", "makes images of latents for lpips: a TAESD, or vae")
+    fake_guidance: float = knob(1.0, "guidance of the fake score, for SiD-LSG; 1 = off", -100, 100)
+    critic_dropout: float = knob(0.0, "share of labels dropped in the denoising loss", 0, 1)
+    reg_loss: str = knob("l2", "distance of the regression loss", choices=("l2", "lpips"))
+    lpips_decoder: str = knob("madebyollin/taesd", "images of latents for lpips: a TAESD, or vae")
 
     sigmas: str = knob("2.5", "noise levels of the generator's steps, descending, comma separated; "
                               "t999 = Stable Diffusion's timestep 999")
     unit_noise: bool = knob(False, "the first step sees unit noise (Stable Diffusion), not sigma z")
-    backward_simulation: bool = knob(True, "train later steps on the generator's own output, not on data")
+    backward_simulation: bool = knob(True, "train later steps on G's own output, not on data")
     dm_sigma: str = knob("karras(0.0032,72)", "noise of the generator losses: karras(low,high), "
                                               "lognormal(mean,std) or sd(first,last)")
     noisings: int = knob(1, "noisings of each sample in the dm and sid losses", 1, 1000)
@@ -74,26 +74,26 @@ class Config:
     batch: int = knob(64, "samples per update, over all processes", 1, 10**6)
     lr_generator: float = knob(1e-3, "Adam's rate for the generator", TINY, 10)
     lr_critic: float = knob(1e-3, "Adam's rate for fake score and discriminator", TINY, 10)
-    beta1: float = knob(0.0, "Adam's beta1; with momentum, generator and critic chase each other", 0, 0.999999)
+    beta1: float = knob(0.0, "Adam's beta1; with momentum G and critic circle", 0, 0.999999)
     beta2: float = knob(0.99, "Adam's beta2", 0, 0.999999)
     weight_decay: float = knob(0.0, "AdamW's weight decay", 0, 10)
     warmup: int = knob(30, "updates of linear warm-up of the rates", 0, MANY)
-    decay_from: float = knob(0.5, "part of the run after which the rates fall to 0; 1 = constant", 0, 1)
+    decay_from: float = knob(0.5, "part of the run after which rates fall to 0; 1 = never", 0, 1)
     clip: float = knob(10.0, "limit of the gradient's norm, over a whole network; 0 = off", 0, MANY)
-    ema: float = knob(50.0, "half-life of the generator's average, updates; 0 = no average", 0, MANY)
+    ema: float = knob(50.0, "half-life of the generator's average, updates; 0 = none", 0, MANY)
 
     device: str = knob("auto", "auto | cpu | cuda | cuda:1 ...")
     threads: int = knob(0, "CPU threads; 0 = torch's choice", 0, 1024)
-    bf16: bool = knob(False, "networks compute in bfloat16, where that is fast; x and losses do not")
+    bf16: bool = knob(False, "networks compute in bfloat16, where that is fast")
     tf32: bool = knob(True, "allow TensorFloat-32 products on CUDA")
     compile: bool = knob(False, "torch.compile the steps: minutes at the start, faster on CUDA")
     accumulate: int = knob(1, "parts of a batch, one after the other, to fit into memory", 1, 10**6)
-    checkpointing: bool = knob(False, "recompute activations in backward: less memory, one more forward")
+    checkpointing: bool = knob(False, "recompute activations in backward: less memory, slower")
     shard: bool = knob(False, "several processes: split weights and moments among them (FSDP2)")
     lora_generator: int = knob(0, "rank of a LoRA student; 0 = train a full copy", 0, 4096)
     lora_critic: int = knob(0, "the same for the fake score", 0, 4096)
     half_frozen: bool = knob(False, "keep the teacher's weights in bfloat16 (needs --bf16)")
-    offload_teacher: bool = knob(False, "the teacher's weights stay in the host's memory between calls")
+    offload_teacher: bool = knob(False, "the teacher's weights visit the device for each call")
     adam8bit: bool = knob(False, "moments in 8 bits, by bitsandbytes")
 
     log_every: int = knob(25, "updates between lines of log.jsonl", 1, MANY)
@@ -104,7 +104,7 @@ class Config:
     log_to: str = knob("", "also log to tensorboard or wandb", choices=("", "tensorboard", "wandb"))
 
     def sigma_list(self):
-        """The generator's noise levels as floats, descending.  raises ValueError for anything else."""
+        """The generator's noise levels as floats, descending.  raises ValueError."""
         table, sigmas = sd_sigmas(), []
         for s in map(str.strip, self.sigmas.split(",")):
             step = re.fullmatch(r"t(\d{1,3})", s, re.ASCII)
@@ -126,7 +126,7 @@ OWN_NAMES = {"digits", "cifar10", "cifar10-test", "cifar10-small", "cifar10-scra
 
 
 def split(name):
-    """'cifar10-uncond-sid' -> ('cifar10-uncond', 'sid'); 'cifar10-uncond' -> ('cifar10-uncond', '')."""
+    """'cifar10-uncond-sid' -> ('cifar10-uncond', 'sid'); without a method (NAME, '')."""
     base, _, suffix = name.rpartition("-")
     return (base, suffix) if suffix in METHODS else (name, "")
 
@@ -146,7 +146,7 @@ def resolve(given):
 
 
 def anchored(values):
-    """The same settings with absolute paths: another folder could have other files of these names."""
+    """The same settings with absolute paths, which mean the same from another folder."""
     def absolute(name, v):
         place = name in PLACES and v and v not in OWN_NAMES and os.path.exists(v)
         return os.path.abspath(v) if place else v
@@ -155,13 +155,13 @@ def anchored(values):
 
 
 def read_config(folder):
-    """The Config of a run folder.  raises UserError if it is missing, damaged or of another version."""
+    """The Config of a run folder.  raises UserError."""
     path = Path(folder) / "config.json"
     values, names = read_json(path, {}), {f.name for f in fields(Config)}
     for name in sorted(names ^ values.keys()):
-        raise UserError(f"{path} is not of this version: {name:.40} is "
-                        f"{'missing' if name in names else 'unknown'}; use the version that made this "
-                        "run, or train it again")
+        state = "missing" if name in names else "unknown"
+        raise UserError(f"{path} is not of this version: {name:.40} is {state}; use the version "
+                        "that made this run, or train it again")
     cfg = Config(**values)
     try:
         validate(cfg)
@@ -171,7 +171,7 @@ def read_config(folder):
 
 
 def same_run(cfg, other):
-    """The first difference of two runs that matters to their result, (name, value, other's), or None."""
+    """The first setting that makes two runs differ, (name, value, other's), or None."""
     a, b = anchored(asdict(cfg)), anchored(asdict(other))
     return next(((k, a[k], b[k]) for k in a if k not in RESUMABLE and a[k] != b[k]), None)
 
@@ -232,19 +232,20 @@ def validate(cfg):
     except ValueError as e:
         raise UserError(f"--sigmas must be {e}, comma separated; got {cfg.sigmas!r:.80}") from None
     if len(sigmas) > 1 and "pairs" in needs(cfg):
-        raise UserError("the regression loss needs a one-step generator: give one number in --sigmas, "
-                        "or --w_reg 0, or another method")
+        raise UserError("the regression loss needs a one-step generator: give one number in "
+                        "--sigmas, or --w_reg 0, or another method")
     if cfg.half_frozen and not cfg.bf16:
         raise UserError("--half_frozen needs --bf16: give both or neither")
     if cfg.offload_teacher and (cfg.lora_generator or cfg.lora_critic or cfg.shard):
-        raise UserError("--offload_teacher cannot take weights away that LoRA uses or --shard has split: "
-                        "leave it out")
+        raise UserError("--offload_teacher cannot take weights away that LoRA uses or --shard has "
+                        "split: leave it out")
     if bool(cfg.w_gan) != bool(cfg.w_disc):
-        raise UserError(f"--w_gan {cfg.w_gan} and --w_disc {cfg.w_disc} must both be 0 or both positive")
+        raise UserError(f"--w_gan {cfg.w_gan} and --w_disc {cfg.w_disc} must both be 0 or both be "
+                        "positive")
 
 
 def as_number(text, kind):
-    """'12' or '1e-5' as an int or a float.  Python also reads '1_000' and digits of other scripts."""
+    """'12' or '1e-5' as an int or a float.  Python would also read '1_000': a typo here."""
     pattern = r"[+-]?\d{1,30}"
     if kind is float:
         pattern = r"[+-]?(\d{1,30}\.?\d*|\.\d+)(e[+-]?\d{1,4})?|[+-]?inf|nan"
@@ -279,7 +280,8 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser whose complaints are UserErrors."""
 
     def __init__(self, **args):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **args)
+        args["formatter_class"] = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, **args)
         self.register("type", None, writable_text)
 
     def error(self, message):
@@ -304,6 +306,6 @@ def add_config_flags(parser):
 
 
 def describe(cfg, names=None):
-    """The resolved config, or some of it, one field to a line; a star where it is not the default."""
+    """The config, or some of it, one field to a line; a star where it is not the default."""
     shown = {k: v for k, v in asdict(cfg).items() if names is None or k in names}
     return "\n".join(f"{' *'[v != getattr(Config, k)]} {k:20} {v}" for k, v in shown.items())

@@ -2,7 +2,7 @@
 
     mesm       w |d_real - d_fake|^2 at fixed noise levels, >= 0: how far the critic thinks G is off
     fake_loss  the denoising loss on fresh samples at the same levels: how good the fake score is
-    grad       rms gradient at the samples of each generator loss, unweighted: how to balance weights
+    grad       rms gradient at the samples of each generator loss: how to balance weights
     x_std, spread  std of the samples, and std across the batch (a collapse shows in spread)
 """
 
@@ -19,7 +19,7 @@ LEVELS = (0.05, 0.15, 0.5, 1.5, 5.0)               # sigma, data units
 
 
 def gaps(x, nets, cond):
-    """(mesm, fake_loss), a list over LEVELS each, EDM-weighted; x (B, *S) samples without a graph."""
+    """(mesm, fake_loss), a list over LEVELS each, EDM-weighted; x (B, *S) has no graph."""
     mesm, fake_loss = [], []
     for level in LEVELS:
         sigma = x.new_full(x.shape[:1], level)
@@ -67,7 +67,7 @@ def diagnose(nets, batch, cfg):
 
 
 def to_floats(obj):
-    """Tensors to floats with five digits, through dicts and lists; what is not finite becomes None."""
+    """Tensors to floats with five digits, through dicts and lists; NaN becomes None."""
     if isinstance(obj, dict):
         return {k: to_floats(v) for k, v in obj.items()}
     if isinstance(obj, list):
@@ -76,7 +76,7 @@ def to_floats(obj):
 
 
 def by_level(seen):
-    """{loss name: mean value in each of the len(LEVELS) + 1 bins between LEVELS}, None where empty."""
+    """{loss name: mean in each of the len(LEVELS) + 1 bins between LEVELS}, None if empty."""
     means = {}
     for name, (sigma, values) in seen.items():
         if sigma is not None:

@@ -53,7 +53,7 @@ class Batch:
         n, mine = joint(len(x))
         sigma = draw_sigma(spec, n, x.device)[mine]
         noise = torch.randn(n, *x.shape[1:], device=x.device, dtype=x.dtype)[mine]
-        self.sigma = sigma if self.sigma is None else self.sigma       # of generated samples, not of real
+        self.sigma = sigma if self.sigma is None else self.sigma  # generated samples' come first
         return sigma, noise
 
     def keep(self, name, values):
@@ -91,7 +91,7 @@ class Draw:
         return found.to(self.device, non_blocking=True)
 
     def dropped(self, cond, n):
-        """cond (n, ...) with a share cfg.critic_dropout replaced by "no class" or the empty prompt."""
+        """cond (n, ...), a share cfg.critic_dropout replaced by "no class" or the empty prompt."""
         count, mine = joint(n)
         drop = (torch.rand(count, generator=self.rng) < self.cfg.critic_dropout)[mine]
         empty = self.teacher.net.net.empty.to(cond) if self.prompts else torch.full_like(cond, -1)
@@ -101,9 +101,10 @@ class Draw:
         cfg, parts = self.cfg, joint(1)[0] * self.cfg.accumulate
         n = cfg.batch // parts
         count, mine = joint(n)
-        z = torch.randn(count, self.k, *self.teacher.shape, device=self.device)[mine].transpose(0, 1)
+        z = torch.randn(count, self.k, *self.teacher.shape, device=self.device)[mine]
         kinds = len(self.prompts) if self.prompts else self.teacher.classes
-        batch = self.latest = Batch(z, self.cond(self.integers(kinds, n)) if kinds else None)
+        cond = self.cond(self.integers(kinds, n)) if kinds else None
+        batch = self.latest = Batch(z.transpose(0, 1), cond)
         if cfg.critic_dropout and kinds:
             batch.fake_cond = self.dropped(batch.cond, n)
         if self.k > 1:

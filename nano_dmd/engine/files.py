@@ -30,7 +30,7 @@ class UserError(Exception):
 
 
 def command(main):
-    """Run a command line's main(): what the user can repair becomes one sentence and exit code 2."""
+    """Run a command line's main(): a user's mistake becomes one sentence and exit code 2."""
     for stream in (sys.stdout, sys.stderr):        # a console may lack a letter of some name
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -41,12 +41,13 @@ def command(main):
     except OSError as e:
         sentence = f"{e.filename or 'the system'}: {e.strerror or e}"
     except KeyboardInterrupt:
-        print("\nstopped; --resume goes on from the last checkpoint of a training run", file=sys.stderr)
+        print("\nstopped; --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     except Exception as e:
-        if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e):
-            sentence = (f"out of memory ({first_line(e)}); try a smaller --batch or, with the same result, "
-                        "a larger --accumulate; --checkpointing, --lora_critic 64 and --adam8bit also help")
+        full = isinstance(e, (MemoryError, torch.OutOfMemoryError))
+        if full or "can't allocate memory" in str(e):             # a CPU's is a RuntimeError
+            sentence = (f"out of memory ({first_line(e)}); try a smaller --batch or, with the same "
+                        "result, a larger --accumulate; --checkpointing, LoRA and --adam8bit help")
         elif type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             sentence = f"torch.compile does not work here ({first_line(e)}); add --no-compile"
         else:
@@ -85,7 +86,7 @@ def cache_dir():
 
 
 def write_atomic(path, data: bytes):
-    """Replace path by data, or leave it untouched: temporary file, fsync, rename, fsync of the folder."""
+    """Replace path by data, or leave it untouched: temporary file, fsync, rename."""
     path = Path(path)
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -150,7 +151,8 @@ def check_writable(folder):
     """Raise UserError now if folder could not be written to later; touches nothing."""
     nearest = next(p for p in (Path(folder), *Path(folder).absolute().parents) if os.path.exists(p))
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise UserError(f"cannot write to {folder}: {nearest} is no folder to write to; choose another --out")
+        raise UserError(f"cannot write to {folder}: {nearest} is no folder to write to; choose "
+                        "another --out")
 
 
 def plain(obj):
@@ -184,7 +186,7 @@ def read_bytes(path):
 
 
 def parse_json(data, what):
-    """The value in some JSON, bytes or text.  raises UserError, naming what it is, for any damage."""
+    """The value in some JSON, bytes or text.  raises UserError, which names `what`."""
     with blame(f"cannot read {what}"):
         return json.loads(data)
 
@@ -217,7 +219,7 @@ def read_lines(path):
 
 
 def save_tensors(path, tensors, **metadata):
-    """Write a dict of tensors as safetensors.  Metadata is one entry: several come in random order."""
+    """Write tensors as safetensors.  Metadata is one entry: several come in random order."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     extra = {"nano_dmd": json.dumps(metadata)} if metadata else None
     write_atomic(path, dump_safetensors(tensors, extra))
@@ -246,7 +248,7 @@ def own_state(module):
 
 
 def load_weights(module, tensors, path):
-    """Strict load_state_dict, of own_state.  Its complaint names the file and the first difference."""
+    """Strict load_state_dict, of own_state.  raises UserError about the first difference."""
     wanted = {name: (t.dtype, tuple(t.shape)) for name, t in own_state(module).items()}
     if problem := wrong_tensors(tensors, wanted):
         raise UserError(f"{path} does not fit this network: {problem}")

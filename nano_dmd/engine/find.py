@@ -33,7 +33,7 @@ def find_teacher(cfg, device, resumed=""):
 
 
 def find_data(cfg, teacher, device, data=None):
-    """Real data that fits the teacher, or None: cfg.data, else what the teacher was trained on here.
+    """Real data that fits the teacher: cfg.data, else what it was trained on here, else None.
 
     data  what cfg.data names, if it is loaded already.  raises UserError if needed data is not
     known, or does not fit
@@ -42,8 +42,8 @@ def find_data(cfg, teacher, device, data=None):
     needed = several or "real" in needs(cfg)
     name = cfg.data or (teacher.data if needed or teacher.recipe["seconds"] else "")
     if not name and needed:
-        raise UserError(f"{cfg.method} with these settings needs real data, and that of {cfg.teacher} "
-                        "is not known: give --data")
+        raise UserError(f"{cfg.method} with these settings needs real data, and that of "
+                        f"{cfg.teacher} is not known: give --data")
     if name and teacher.kind == "text":
         from nano_dmd.teachers.text_to_image import Latents
 
@@ -52,20 +52,22 @@ def find_data(cfg, teacher, device, data=None):
     if data and data.classes and not teacher.classes and data.shape == teacher.shape:
         data = data.unlabelled()
     if data and (data.shape, data.classes) != (teacher.shape, teacher.classes):
-        raise UserError(f"--data {name} has samples of shape {data.shape} in {data.classes} classes, "
-                        f"--teacher {cfg.teacher} makes {teacher.shape} in {teacher.classes}")
+        raise UserError(f"--data {name} has samples of shape {data.shape} in {data.classes} "
+                        f"classes, --teacher {cfg.teacher} makes {teacher.shape} in "
+                        f"{teacher.classes}")
     return data
 
 
 def find_prompts(cfg, teacher):
-    """The Prompts to train on, None for a teacher without text.  raises UserError if there are none."""
+    """The Prompts to train on, None for a teacher without text.  raises UserError."""
     if teacher.kind != "text":
         return None
     from nano_dmd.teachers.text_to_image import read_prompts
 
     if not cfg.prompts:
         raise UserError(f"{cfg.teacher} listens to text: give --prompts FILE, one prompt to a line")
-    prompts, shape = read_prompts(teacher.recipe["source"], cfg.prompts), teacher.net.net.empty.shape[1:]
+    prompts = read_prompts(teacher.recipe["source"], cfg.prompts)
+    shape = teacher.net.net.empty.shape[1:]
     if prompts.table.shape[1:] != shape:
         raise UserError(f"the embeddings in the cache are {prompts.table.shape[1:]} each, not "
                         f"{tuple(shape)}: python -m nano_dmd.engine.cache --clear text")
@@ -86,11 +88,11 @@ def check_guidance(cfg, classes, recipe):
         raise UserError(f"{asked[0]} needs a teacher that can be asked with and without a class: "
                         f"{cfg.teacher} {why}; leave it out")
     if not recipe.get("label_dropout"):
-        note(f"{cfg.teacher} was not trained to be asked without a class, so {asked[0]} may work poorly")
+        note(f"{cfg.teacher} was not trained to be asked without a class: {asked[0]} may be poor")
 
 
 def cached_pairs(cfg, teacher, device, prompts=None):
-    """{"z", "x"[, "cond"]} noise-image pairs of the guided teacher, from the cache if they are there.
+    """{"z", "x"[, "cond"]} noise-image pairs of the guided teacher, made once and cached.
 
     cond is a class or the number of a prompt.  It stays on the CPU, where Draw looks it up.
     """
@@ -119,7 +121,7 @@ def cached_pairs(cfg, teacher, device, prompts=None):
 
 
 def teacher_digest(cfg, teacher, prompts):
-    """What the teacher's answers depend on: files and prompts of a pipeline, numbers of a network."""
+    """What the teacher's answers depend on: files of a pipeline, numbers of a network."""
     if prompts:
         from nano_dmd.teachers.text_to_image import RANDOM, hub
 
@@ -135,7 +137,7 @@ def teacher_digest(cfg, teacher, prompts):
 
 
 def guided_by(teacher, cfg, prompts=None):
-    """The teacher as pairs and pictures ask it: guided; for text, cond is the number of a prompt."""
+    """The teacher as pairs and pictures ask it, guided; of text, cond is a prompt's number."""
     real = teacher.denoiser if cfg.guidance == 1 else RealScore(teacher.denoiser, cfg.guidance)
     if not prompts:
         return real

@@ -18,7 +18,7 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.
 
 
 def sharing_copy(module):
-    """A deep copy whose frozen weights and buffers are the same tensors; trainable ones are copied."""
+    """A deep copy whose frozen weights and buffers are the same tensors."""
     shared = [*(p for p in module.parameters() if not p.requires_grad), *module.buffers()]
     return copy.deepcopy(module, {id(t): t for t in shared})
 
@@ -38,7 +38,7 @@ def lora_copy(denoiser, rank=0):
     denoiser.requires_grad_(False)
     twin = sharing_copy(denoiser)
     if not hasattr(getattr(twin.net, "unet", None), "add_adapter"):
-        raise UserError(f"LoRA is for diffusers' U-Nets, not for {type(twin.net).__name__}: set both lora "
+        raise UserError(f"LoRA is for diffusers' U-Nets, not {type(twin.net).__name__}: set both lora "
                         "ranks to 0")
     twin.net.unet.add_adapter(LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=TARGETS))
     for p in twin.parameters():

@@ -17,19 +17,20 @@ def pick_device(name):
     raises UserError for a device that this machine lacks or that cannot do what is needed.
     """
     with blame(f"no device {name!r} to use on this machine", "try --device cpu"):
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(best if name == "auto" else name)
         if device.type == "cuda":
             own = int(os.environ.get("LOCAL_RANK", 0))
             device = torch.device("cuda", own if device.index is None else device.index)
             torch.cuda.set_device(device)
         if device.type == "cpu" and device.index:
             raise RuntimeError("there is one CPU")
-        torch.empty(1, dtype=torch.float64, device=device).cpu()  # for heun; Apple's mps has no float64
+        torch.empty(1, dtype=torch.float64, device=device).cpu()  # for heun; mps has no float64
     return device
 
 
 def fast_bf16(device):
-    """Whether bfloat16 is faster than float32 there.  CPUs without it emulate it, 10 to 60 times slower."""
+    """Whether bfloat16 is fast there.  Many CPUs emulate it, 10 to 60 times slower."""
     known = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.device(device).type != "cpu" or known
 
@@ -44,7 +45,7 @@ def forked(device):
 
 
 def compile_net(net):
-    """torch.compile a network in place, and its features, for the GAN.  One graph per batch size."""
+    """torch.compile a network in place, and its features.  One graph per batch size."""
     net.compile(dynamic=False)
     net.features = torch.compile(net.features, dynamic=False)
 

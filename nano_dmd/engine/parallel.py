@@ -1,4 +1,4 @@
-"""Several processes, one batch: torchrun starts them, torch's DDP or FSDP2 averages their gradients.
+"""Several processes, one batch: torchrun starts them, DDP or FSDP2 averages their gradients.
 
     torchrun --nproc-per-node 8 -m nano_dmd.train --preset cifar10
 
@@ -62,7 +62,7 @@ def first_then_others(function):
 
 
 class Group(nn.Module):
-    """The weights that one optimiser trains.  Its forward returns a loss: all that DDP needs to see.
+    """The weights of one optimiser.  Its forward returns a loss: all that DDP needs to see.
 
     It holds no networks: DDP would send their buffers, which are constants, before every step.
     """
@@ -106,7 +106,7 @@ def share(nets, opts, cfg):
 
 
 def shard(group, opt=None):
-    """Split every weight of some networks, and opt's moments, among the processes (FSDP2, in place).
+    """Split the weights of some networks, and opt's moments, among the processes (FSDP2).
 
     The blocks of a network are fetched one at a time, while they compute.
     """
@@ -148,7 +148,7 @@ def split_like(value, p):
 
 
 def gather(value):
-    """value with its sharded tensors put together on the CPU (a state, a norm); all processes call it."""
+    """value with its sharded tensors put together on the CPU; all processes must call it."""
     from torch.distributed.tensor import DTensor
 
     return tree_map(lambda t: t.full_tensor().cpu() if isinstance(t, DTensor) else t, value)

@@ -34,7 +34,8 @@ class Progress:
         if classes:
             self.cond = index = torch.arange(classes, device=device).repeat_interleave(8)
         if prompts:                                # the first four, one sample each
-            index, sample = torch.arange(n, device=device) % len(prompts), guided_by(teacher, cfg, prompts)
+            index = torch.arange(n, device=device) % len(prompts)
+            sample = guided_by(teacher, cfg, prompts)
             self.cond = prompts[index].to(device)
             levels = dict(sigma_min=teacher.sigmas[0], sigma_max=teacher.sigmas[1])
         self.teacher = heun(sample, self.z[0], index, **levels)
@@ -49,12 +50,13 @@ class Progress:
         return self.steps
 
     def log(self, done, logs, nets, draw, seconds, metrics=None):
-        """One line of log.jsonl, and the numbers that matter on the bar.  metrics() -> dict, if asked."""
+        """One line of log.jsonl, and some numbers on the bar.  metrics() -> dict, if asked."""
         if not self.watches:
             return
+        batch = draw.latest
         record = dict(step=done, critic_updates=done * self.cfg.critic_steps, seconds=seconds,
-                      teacher=self.reference, **to_floats(logs), **diagnose(nets, draw.latest, self.cfg),
-                      by_sigma=by_level(draw.latest.seen))
+                      teacher=self.reference, **to_floats(logs), **diagnose(nets, batch, self.cfg),
+                      by_sigma=by_level(batch.seen))
         if metrics:
             record["metrics"] = metrics()
         if self.writes:
@@ -66,13 +68,14 @@ class Progress:
         """Numbers on the bar; a warning when samples explode or collapse."""
         std, spread = record["x_std"], record["spread"]
         numbers = dict(mesm=record["mesm"], fake=record["fake_loss"], spread=[spread])
-        self.steps.set_postfix({k: "-" if None in v else f"{sum(v):.3f}" for k, v in numbers.items()})
-        ours = self.reference
-        if std is not None and std > 3 * ours["x_std"]:
-            self.steps.write(f"WARNING: samples explode: std {std:.3g}, the teacher's is {ours['x_std']:.3g}")
-        if spread is not None and spread < 0.3 * ours["spread"]:
-            self.steps.write(f"WARNING: samples collapse: spread {spread:.3g}, "
-                             f"the teacher's is {ours['spread']:.3g}")
+        shown = {k: "-" if None in v else f"{sum(v):.3f}" for k, v in numbers.items()}
+        self.steps.set_postfix(shown)
+        usual, usual_spread = self.reference["x_std"], self.reference["spread"]
+        if std is not None and std > 3 * usual:
+            self.steps.write(f"WARNING: samples explode: std {std:.3g}, teacher {usual:.3g}")
+        if spread is not None and spread < 0.3 * usual_spread:
+            self.steps.write(f"WARNING: samples collapse: spread {spread:.3g}, teacher "
+                             f"{usual_spread:.3g}")
 
     def save(self, state):
         """checkpoint.pt of state(), which every process that watches must call."""
@@ -89,7 +92,7 @@ class Progress:
 
     @torch.no_grad()
     def save_samples(self, generator, path, beside_teacher=False):
-        """The generator's answer to the fixed noise, with beside_teacher the teacher's on its left."""
+        """The generator's answer to the fixed noise, the teacher's on its left if asked."""
         panels = [self.teacher] * beside_teacher + [generator(self.z, self.cond)]
         if self.writes:
             pictures.save_picture(path, *[self.tile(x) for x in panels])
@@ -102,7 +105,7 @@ class Progress:
 
     @torch.no_grad()
     def save_scores(self, nets, path, n=3):
-        """x, xt, d_real, d_fake and DMD's gradient of n samples at each of LEVELS; three channels."""
+        """x, xt, d_real, d_fake and DMD's gradient of n samples at each of LEVELS."""
         if self.z.ndim == 3:                       # points
             return
         cond = None if self.cond is None else self.cond[:: self.columns][:n]
@@ -112,7 +115,8 @@ class Progress:
             sigma = x.new_full(x.shape[:1], level)
             xt = add_noise(x, sigma, noise)
             d_real, d_fake = nets.real(xt, sigma, cond), nets.fake(xt, sigma, cond)
-            seen.append([v[:, :3] for v in (x, xt, d_real, d_fake, dmd_gradient(x, d_real, d_fake))])
+            g = dmd_gradient(x, d_real, d_fake)
+            seen.append([v[:, :3] for v in (x, xt, d_real, d_fake, g)])
         if self.writes:
             grid = pictures.score_grid(seen, scale=max(1, 64 // x.shape[-1]))
             names = [f"sigma {level}" for level in LEVELS]
@@ -120,7 +124,7 @@ class Progress:
 
 
 def flatten(record, prefix=""):
-    """{"grad": {"dmd_loss": 1.0}, "mesm": [1.0]} -> {"grad/dmd_loss": 1.0, "mesm/0": 1.0}: numbers only."""
+    """{"grad": {"dmd_loss": 1.0}, "mesm": [2.0]} -> {"grad/dmd_loss": 1.0, "mesm/0": 2.0}."""
     if isinstance(record, (int, float)):
         return {prefix: record}
     if isinstance(record, list):
@@ -150,8 +154,8 @@ def tracker(cfg, out, step=0):
             return lambda record: run.log(flatten(record), step=record["step"])
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as e:
-        raise UserError(f"--log_to {cfg.log_to} needs a package ({e}): pip install {cfg.log_to}, or leave "
-                        "it out") from e
+        raise UserError(f"--log_to {cfg.log_to} needs a package ({e}): pip install {cfg.log_to}, "
+                        "or leave it out") from e
     writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)
 
     def send(record):

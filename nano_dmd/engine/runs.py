@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from nano_dmd.engine.config import Config, read_config, same_run
-from nano_dmd.engine.files import (UserError, first_line, load_tensors, load_weights, note, own_state,
-                                   remove_leftovers, trim_log, write_json)
+from nano_dmd.engine.files import (UserError, first_line, load_tensors, load_weights, note,
+                                   own_state, remove_leftovers, trim_log, write_json)
 from nano_dmd.engine.find import find_teacher
 from nano_dmd.engine.lora import lora_copy
 from nano_dmd.engine.machine import fast_bf16
@@ -26,8 +26,8 @@ def open_folder(cfg, teacher, device, step, before, processes):
     if cfg.bf16 and not fast_bf16(device):
         print("bfloat16 is only emulated on this CPU: the networks run in float32, which is faster")
     if before != processes:
-        print(f"resumed by {processes} processes instead of {before}: the same batches and noise, but sums "
-              "in another order, so the result agrees up to rounding and not to the bit")
+        print(f"resumed by {processes} processes instead of {before}: the same batches and noise, "
+              "but sums in another order, so the result agrees to rounding and not to the bit")
     remove_leftovers(out)
     write_json(out / "config.json", asdict(cfg))
     save_teacher(out, teacher.net, teacher.recipe)
@@ -44,7 +44,7 @@ def state(cfg, step, seconds, nets, opts, draw):
 
 
 def restore(saved, cfg, nets, opts, draw, path):
-    """The inverse of state(): (step, seconds, processes).  raises UserError about what does not fit.
+    """The inverse of state(): (step, seconds, processes).  raises UserError.
 
     Of the optimisers only the moments are taken.  Their settings follow from cfg and must be the
     same.
@@ -55,11 +55,12 @@ def restore(saved, cfg, nets, opts, draw, path):
             raise ValueError(f"it is of a run with {name} {there!r:.40}, not {here!r:.40}")
         for name, v in draw.sources.items():
             if saved.get("sources", {}).get(name, v) != v:
-                note(f"--{name} is not as it was when this run was started: what follows is another run "
-                     "than it would have been")
+                note(f"--{name} is not as it was when this run was started: what follows is "
+                     "another run than it would have been")
         right = 0 < saved["step"] <= cfg.steps and saved["processes"] > 0
         if not right or saved["opts"].keys() != opts.keys():
-            raise ValueError(f"step {saved['step']} of {cfg.steps}, optimisers {sorted(saved['opts'])}")
+            known = sorted(saved["opts"])
+            raise ValueError(f"step {saved['step']} of {cfg.steps}, optimisers {known}")
         for name in TRAINED:
             load_weights(getattr(nets, name), saved["nets"][name], path)
         for name, opt in opts.items():
@@ -79,7 +80,7 @@ def restore(saved, cfg, nets, opts, draw, path):
 
 
 def wrong_moments(saved, own, opt, cfg):
-    """What is wrong with an optimiser's saved state_dict, "" if nothing is.  own: its settings by cfg.
+    """What is wrong with an optimiser's saved state, "" if nothing is.  own: settings by cfg.
 
     Another version of torch may have a setting more or less.
     """

@@ -13,8 +13,8 @@ import torch
 
 from nano_dmd.denoiser import EDM, train_denoiser
 from nano_dmd.engine.cache import cached
-from nano_dmd.engine.files import (UserError, load_tensors, load_weights, note, read_bytes, read_json,
-                                   save_tensors, write_json)
+from nano_dmd.engine.files import (UserError, load_tensors, load_weights, note, read_bytes,
+                                   read_json, save_tensors, write_json)
 from nano_dmd.engine.machine import compile_net, compiled, fast_bf16, forked
 from nano_dmd.networks import MLP, UNet
 from nano_dmd.teachers.data import MOST_CLASSES, identity, load_data
@@ -30,12 +30,12 @@ RECIPES = {
     "toy": dict(network="mlp", args=dict(octaves=5), data="", sigma_data=0.5, bf16=True,
                 sigma="lognormal(-1.2,1.4)", steps=4000, batch=1024, lr=2e-3, ema=100,
                 label_dropout=0.0),
-    "digits": dict(network="unet", args=dict(channels=1, classes=10), data="digits", sigma_data=0.75,
-                   bf16=True, sigma="lognormal(-1.2,1.2)", steps=1200, batch=128, lr=3e-3, ema=100,
-                   label_dropout=0.0),
-    "cifar10-small": dict(network="unet", args=dict(channels=3, classes=10), data="", sigma_data=0.5,
-                          bf16=True, sigma="lognormal(-1.2,1.2)", steps=1000, batch=64, lr=2e-3,
-                          ema=100, label_dropout=0.0),
+    "digits": dict(network="unet", args=dict(channels=1, classes=10), data="digits",
+                   sigma_data=0.75, bf16=True, sigma="lognormal(-1.2,1.2)", steps=1200,
+                   batch=128, lr=3e-3, ema=100, label_dropout=0.0),
+    "cifar10-small": dict(network="unet", args=dict(channels=3, classes=10), data="",
+                          sigma_data=0.5, bf16=True, sigma="lognormal(-1.2,1.2)", steps=1000,
+                          batch=64, lr=2e-3, ema=100, label_dropout=0.0),
     "cifar10-scratch": dict(network="edm", args=SMALL_EDM, data="", sigma_data=0.5, bf16=True,
                             sigma="lognormal(-1.2,1.2)", steps=20_000, batch=512, lr=1e-3, ema=1000,
                             label_dropout=0.0),
@@ -57,7 +57,7 @@ def find(name, device, steps=0, seed=0, data="", show=True, compile=False):
         teacher = load(source, device)
         before = {} if source == name else read_json(Path(name) / "teacher.json")
         if before.get("version", "") not in ("", teacher["recipe"]["version"]):
-            note(f"{source} is not as it was when {name} was made: its files were changed, or copied")
+            note(f"{source} is not as it was when {name} was made: its files changed")
         return teacher
     if name in RECIPES and name != "toy":
         data = RECIPES[name]["data"] or data or "cifar10"
@@ -100,15 +100,15 @@ def fitted(recipe, data):
     channels, side, _ = data.shape
     levels = {"unet": 1, "edm": len(SMALL_EDM["channel_mult"]) - 1}[recipe["network"]]
     if side % 2**levels:
-        raise UserError(f"the images of {data.name} have {side} pixels a side: this teacher needs a "
-                        f"multiple of {2**levels}")
+        raise UserError(f"the images of {data.name} have {side} pixels a side: this teacher needs "
+                        f"a multiple of {2**levels}")
     sizes = {"unet": dict(channels=channels, classes=data.classes),
              "edm": dict(img_resolution=side, img_channels=channels, label_dim=data.classes)}
     return dict(recipe, args=recipe["args"] | sizes[recipe["network"]])
 
 
 def untrained(recipe, device="cpu"):
-    """The Denoiser of a recipe, before its weights.  raises KeyError, TypeError, ValueError or UserError."""
+    """The Denoiser of a recipe, before its weights.  raises what constructors raise."""
     kind, args = recipe["network"], recipe["args"]
     if kind == "diffusers":
         from nano_dmd.teachers.diffusers_unet import denoiser_from_config
@@ -138,13 +138,14 @@ def save_teacher(folder, net, recipe):
         save_tensors(Path(folder) / "teacher.safetensors", net.state_dict())
 
 
-RECIPE = dict(network=str, args=dict, sigma_data=float, bf16=bool, shape=[int], classes=int, data=str,
-              seconds=float, cpu_seconds=float)
-LARGEST = dict(dim=4096, width=8192, depth=64, octaves=16, channels=64, classes=MOST_CLASSES, emb=8192)
+RECIPE = dict(network=str, args=dict, sigma_data=float, bf16=bool, shape=[int], classes=int,
+              data=str, seconds=float, cpu_seconds=float)
+LARGEST = dict(dim=4096, width=8192, depth=64, octaves=16, channels=64, classes=MOST_CLASSES,
+               emb=8192)
 
 
 def read_teacher(folder, device):
-    """The inverse of save_teacher: (network, recipe).  raises UserError for a folder that is damaged."""
+    """The inverse of save_teacher: (network, recipe).  raises UserError for a damaged folder."""
     recipe = read_json(Path(folder) / "teacher.json", RECIPE)
     path = Path(folder) / "teacher.safetensors"
     try:
@@ -152,7 +153,8 @@ def read_teacher(folder, device):
             raise ValueError(problem)
         net = untrained(recipe, device).to(device)
     except Exception as e:                         # whatever the constructors of networks raise
-        raise UserError(f"{folder}/teacher.json does not describe a teacher ({type(e).__name__}: {e})") from e
+        raise UserError(f"{folder}/teacher.json does not describe a teacher "
+                        f"({type(e).__name__}: {e})") from e
     load_weights(net, load_tensors(path), path)
     return net.requires_grad_(False).eval(), recipe
 
@@ -228,12 +230,12 @@ def folder_of(name):
         key = [name, hub.version(name)]
         return kept("diffusers", key, lambda folder: save_teacher(folder, *hub.converted(name)))
     ours = ", ".join(r for r in RECIPES if r != "toy")
-    raise UserError(f"no teacher {name!r:.200}: use toy:NAME, {ours}, edm:NAME, a .pkl of EDM's, the folder "
-                    "of a run, or a diffusers pipeline with a UNet2DModel or Stable Diffusion")
+    raise UserError(f"no teacher {name!r:.200}: use toy:NAME, {ours}, edm:NAME, a .pkl of EDM's, "
+                    "the folder of a run, or a diffusers pipeline (UNet2DModel or Stable Diffusion)")
 
 
 def is_pipeline(name):
-    """A folder with a diffusers pipeline or model; else a name that could be on the hub, OWNER/MODEL."""
+    """A folder with a diffusers model, or a name that could be on the hub, OWNER/MODEL."""
     if name in RECIPES or name.startswith(("edm:", "toy:")) or name.endswith(".pkl"):
         return False
     if Path(name).is_dir():
