@@ -13,7 +13,9 @@ import torch
 from nano_dmd.engine.files import write_atomic
 from nano_dmd.plot import figure
 
-REAL, FAKE, TEACHER, GRADIENT = "#0072B2", "#D55E00", "#009E73", "#AA3377"             # safe for colour-blind readers
+# safe for colour-blind readers
+REAL, FAKE = "#0072B2", "#D55E00"
+TEACHER, GRADIENT = "#009E73", "#AA3377"
 EXTENT = 1.25  # data units; every mixture has std 0.5 per axis
 
 
@@ -54,8 +56,9 @@ def plot_field(ax, points, arrows, colour, unit, weight):
 
     arrows = arrows * (unit / arrows.norm(dim=1, keepdim=True).clamp(min=unit))
     cell, alpha = 2 * EXTENT / len(points) ** 0.5, (0.15 + 2 * weight).clamp(max=1)
-    ax.quiver(*points.numpy().T, *arrows.numpy().T, color=to_rgba_array(colour, alpha.numpy()), angles="xy",
-              scale_units="xy", scale=unit / (1.6 * cell), width=0.005, headwidth=4, headlength=4.5)
+    ax.quiver(*points.numpy().T, *arrows.numpy().T, color=to_rgba_array(colour, alpha.numpy()),
+              angles="xy", scale_units="xy", scale=unit / (1.6 * cell), width=0.005, headwidth=4,
+              headlength=4.5)
 
 
 def samples_figure(panels):
@@ -68,16 +71,17 @@ def samples_figure(panels):
 
 
 def field_figure(x, points, scores):
-    """A row per noise level: real score, fake score, their difference; scores {sigma: (real, fake), each (N, 2)}.
+    """A row per noise level: real score, fake score, their difference.
 
-    x (M, 2) generator samples. Arrows are faint where noised samples hardly ever come, as no method
+    x (M, 2) generator samples; scores {sigma: (real, fake)}, each (N, 2). Arrows are faint where noised samples hardly ever come, as no method
     looks there. Both scores of a row share one scale; the difference, which is smaller, has its
     own.
     """
     fig, axes = figure(len(scores), 3, 12, 0.4 + 4.1 * len(scores))
     for line, (sigma, (real, fake)) in zip(axes, scores.items()):
         weight = visits(points, x, sigma)
-        unit, small = typical_length(torch.cat([real, fake]), weight.repeat(2)), typical_length(real - fake, weight)
+        unit = typical_length(torch.cat([real, fake]), weight.repeat(2))
+        small = typical_length(real - fake, weight)
         panels = [("real score", real, REAL, unit), ("fake score", fake, FAKE, unit),
                   (f"real - fake (arrows x {unit / small:.2g})", real - fake, GRADIENT, small)]
         for ax, (title, arrows, colour, length) in zip(line, panels):
@@ -88,7 +92,7 @@ def field_figure(x, points, scores):
 
 
 def movie_frames(true, movie):
-    """PIL images of movie {method: [(updates, x (N, 2)), ...]}, the methods side by side over true samples (M, 2)."""
+    """PIL images of movie {method: [(updates, x (N, 2)), ...]}, side by side over true (M, 2)."""
     fig, axes = figure(1, len(movie), 2.6 * len(movie), 2.8)
     for moment in zip(*movie.values()):
         for ax, method, (updates, x) in zip(axes.flat, movie, moment):
@@ -124,7 +128,8 @@ def palette(steps=12):
 def save_movie(path, frames, milliseconds=150, pause=2500):
     """Write PIL images as an endless GIF that rests on the last one."""
     colours = palette()
-    write_atomic(path, gif([frame.quantize(palette=colours, dither=0) for frame in frames], milliseconds, pause))
+    images = [frame.quantize(palette=colours, dither=0) for frame in frames]
+    write_atomic(path, gif(images, milliseconds, pause))
 
 
 def gif(images, milliseconds, pause):

@@ -9,6 +9,7 @@ import math
 import os
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 from nano_dmd.engine.files import UserError, read_json
@@ -29,7 +30,7 @@ MANY, TINY = 10**9, 1e-12
 @dataclass
 class Config:
     preset: str = knob("digits", "a name in presets.py")
-    method: str = knob("dmd", "a row of METHODS in methods.py")
+    method: str = knob("dmd", " | ".join(METHODS))
     out: str = knob("", "run folder; empty = runs/PRESET-METHOD")
     seed: int = knob(0, "everything drawn in the run follows from it", 0, 2**63 - 1)
     steps: int = knob(400, "generator updates", 1, MANY)
@@ -280,8 +281,8 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser whose complaints are UserErrors."""
 
     def __init__(self, **args):
-        args["formatter_class"] = argparse.RawDescriptionHelpFormatter
-        super().__init__(allow_abbrev=False, **args)
+        style = partial(argparse.RawDescriptionHelpFormatter, max_help_position=26, width=110)
+        super().__init__(allow_abbrev=False, formatter_class=style, **args)
         self.register("type", None, writable_text)
 
     def error(self, message):
@@ -294,6 +295,7 @@ def parser(prog, description, help=True):
 
 def add_config_flags(parser):
     """One --flag per Config field, in groups; a flag that is not given is not in the namespace."""
+    parser.usage = f"{parser.prog} [--knob value ...]"
     for f in fields(Config):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])

@@ -38,8 +38,8 @@ def lora_copy(denoiser, rank=0):
     denoiser.requires_grad_(False)
     twin = sharing_copy(denoiser)
     if not hasattr(getattr(twin.net, "unet", None), "add_adapter"):
-        raise UserError(f"LoRA is for diffusers' U-Nets, not {type(twin.net).__name__}: set both lora "
-                        "ranks to 0")
+        raise UserError(f"LoRA is for diffusers' U-Nets, not {type(twin.net).__name__}: set both "
+                        "lora ranks to 0")
     twin.net.unet.add_adapter(LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=TARGETS))
     for p in twin.parameters():
         if p.requires_grad:

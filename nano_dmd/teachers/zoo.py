@@ -231,7 +231,7 @@ def folder_of(name):
         return kept("diffusers", key, lambda folder: save_teacher(folder, *hub.converted(name)))
     ours = ", ".join(r for r in RECIPES if r != "toy")
     raise UserError(f"no teacher {name!r:.200}: use toy:NAME, {ours}, edm:NAME, a .pkl of EDM's, "
-                    "the folder of a run, or a diffusers pipeline (UNet2DModel or Stable Diffusion)")
+                    "the folder of a run, or a diffusers pipeline (UNet2DModel, Stable Diffusion)")
 
 
 def is_pipeline(name):
