@@ -12,10 +12,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nano_dmd.denoiser import FromEps
-from nano_dmd.engine.build import prepare
+from nano_dmd.engine import machine
 from nano_dmd.engine.config import add_config_flags, number, parser, resolve
 from nano_dmd.engine.files import command
-from nano_dmd.engine.machine import fast_bf16, machine, median_seconds, pick_device
+from nano_dmd.engine.prepare import prepare
 from nano_dmd.evaluate import TEACHER_STEPS, latency
 from nano_dmd.methods import METHODS, critic_requires_grad, train_step, update
 from nano_dmd.metrics.sets import table
@@ -24,12 +24,12 @@ from nano_dmd.metrics.sets import table
 def matmul_flops(device, bf16, n=1536, repeats=10):
     """Operations per second of an (n, n) matrix product: the machine's practical peak."""
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-    return 2 * n**3 / median_seconds(lambda: a @ a, device, repeats)
+    return 2 * n**3 / machine.median_seconds(lambda: a @ a, device, repeats)
 
 
 def bench(cfg, repeats):
     """{part: milliseconds, ...} of one method on cfg.device."""
-    device = pick_device(cfg.device)
+    device = machine.pick_device(cfg.device)
     teacher, nets, opts, draw = prepare(cfg, device)
     batch, denoiser = draw(), nets.generator.net
     counts = isinstance(denoiser, FromEps)         # these networks are told timesteps
@@ -53,7 +53,7 @@ def bench(cfg, repeats):
     functions = {"net forward": net_forward, "G forward": forward,
                  "critic update": lambda: one("critic"), "G update": lambda: one("generator"),
                  "whole step": lambda: train_step(nets, opts, draw, cfg, cfg.steps)}
-    parts = {name: median_seconds(f, device, repeats) for name, f in functions.items()}
+    parts = {name: machine.median_seconds(f, device, repeats) for name, f in functions.items()}
     with FlopCounterMode(display=False) as counter:
         functions["whole step"]()
     speed = counter.get_total_flops() / parts["whole step"]
@@ -63,7 +63,7 @@ def bench(cfg, repeats):
         parts |= {"one image": image, f"{TEACHER_STEPS} guided steps": guided}
     return {f"{k} ms": 1000 * v for k, v in parts.items()} | {
         "images/s": cfg.batch / parts["whole step"], "peak %": 100 * share,
-        "memory MiB": machine(device)["peak_memory_mib"]}
+        "memory MiB": machine.about(device)["peak_memory_mib"]}
 
 
 def main(argv=None):
@@ -75,14 +75,14 @@ def main(argv=None):
     methods, repeats = [m.strip() for m in given.pop("methods").split(",")], given.pop("repeats")
     configs = [resolve({**given, "method": name}) for name in methods]
     first, rows = configs[0], {}
-    device = pick_device(first.device)
+    device = machine.pick_device(first.device)
     if first.threads:
         torch.set_num_threads(first.threads)
     for cfg in configs:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         rows[f"{cfg.method} {cfg.critic_steps}:1"] = bench(cfg, repeats)
-    precision = "bf16" if first.bf16 and fast_bf16(device) else "fp32"
+    precision = "bf16" if first.bf16 and machine.fast_bf16(device) else "fp32"
     print(f"{first.preset}, batch {first.batch}, {device}, {torch.get_num_threads()} threads, "
           f"{precision}, torch {torch.__version__}")
     print(table(rows))

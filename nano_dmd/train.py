@@ -14,12 +14,13 @@ from torch import nn
 
 from nano_dmd import evaluate
 from nano_dmd.engine import parallel
-from nano_dmd.engine.build import prepare, set_learning_rates
+from nano_dmd.engine.build import set_learning_rates
 from nano_dmd.engine.config import (Config, add_config_flags, describe, free_folder, parser,
                                     resolve, resolve_resumed)
 from nano_dmd.engine.files import (UserError, check_writable, command, load_checkpoint, own_state,
                                    read_json, save_tensors, write_json)
-from nano_dmd.engine.machine import Clock, compiled, machine, pick_device
+from nano_dmd.engine.machine import Clock, about, compiled, pick_device
+from nano_dmd.engine.prepare import prepare
 from nano_dmd.engine.progress import Progress
 from nano_dmd.engine.runs import open_folder, restore, state
 from nano_dmd.methods import CONTROL, METHODS, needs, train_step
@@ -129,7 +130,7 @@ def finish(cfg, teacher, nets, draw, progress, seconds, processes):
     rows[cfg.method]["seconds"] = seconds[1]
     report = dict(rows=rows, cpu_seconds=seconds[0], seconds=seconds[1], processes=processes,
                   teacher_cpu_seconds=teacher.recipe["cpu_seconds"], sources=draw.sources,
-                  **machine(pick_device(cfg.device)))
+                  **about(pick_device(cfg.device)))
     write_json(progress.out / "report.json", report)
     return report
 

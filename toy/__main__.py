@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from nano_dmd.compare import as_text, compare, folder_names, parse_row
 from nano_dmd.denoiser import heun, score
-from nano_dmd.engine.build import prepare, set_learning_rates
+from nano_dmd.engine.build import set_learning_rates
 from nano_dmd.engine.config import as_number, number, parser, resolve
 from nano_dmd.engine.files import UserError, command
 from nano_dmd.engine.machine import pick_device
+from nano_dmd.engine.prepare import prepare
 from nano_dmd.engine.runs import load_run
 from nano_dmd.methods import METHODS, train_step
 from nano_dmd.plot import MISSING, have_matplotlib, save_figure

@@ -1,4 +1,4 @@
-"""From a Config to everything a training step needs: networks, optimisers, batches."""
+"""Networks and optimisers of a run, by its Config."""
 
 from functools import partial
 from pathlib import Path
@@ -6,46 +6,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nano_dmd.engine.draw import Draw
 from nano_dmd.engine.files import UserError, first_line, load_checkpoint, load_weights
-from nano_dmd.engine.find import cached_pairs, check_guidance, find_data, find_prompts, find_teacher
 from nano_dmd.engine.lora import lora_copy, sharing_copy
 from nano_dmd.engine.machine import compile_net, fast_bf16
-from nano_dmd.engine.parallel import first_then_others
 from nano_dmd.fake_score import FakeScore
 from nano_dmd.gan import Discriminator
 from nano_dmd.generator import Generator
-from nano_dmd.methods import METHODS, Nets, needs
+from nano_dmd.methods import Nets, needs
 from nano_dmd.real_score import RealScore
-from nano_dmd.teachers.data import load_data
-from nano_dmd.teachers.zoo import RECIPES
-
-
-def prepare(cfg, device, resumed=""):
-    """(Teacher, Nets, optimisers, Draw) of a run before its first step.
-
-    raises UserError where parts of cfg do not fit together
-    """
-    weights = [w for w, _ in METHODS[cfg.method].generator]
-    if not any(getattr(cfg, w) for w in weights):
-        raise UserError(f"{cfg.method} has nothing to minimise: give one of "
-                        f"{', '.join('--' + w for w in weights)} a weight")
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
-    data = None  # a typo in its name shows before the teacher trains
-    if cfg.data and not cfg.prompts:
-        data = load_data(cfg.data, device, cfg.flip)
-        if not data.classes and cfg.teacher in RECIPES:
-            check_guidance(cfg, 0, {})
-    teacher = first_then_others(lambda: find_teacher(cfg, device, resumed))
-    prompts = first_then_others(lambda: find_prompts(cfg, teacher))
-    data = first_then_others(lambda: find_data(cfg, teacher, device, data))
-    pairs = None
-    if "pairs" in needs(cfg):
-        pairs = first_then_others(lambda: cached_pairs(cfg, teacher, device, prompts))
-    nets, opts = build(cfg, teacher, device)
-    rng = torch.Generator().manual_seed(cfg.seed)
-    return teacher, nets, opts, Draw(cfg, teacher, data, pairs, rng, device, prompts)
 
 
 def build(cfg, teacher, device):

@@ -8,8 +8,8 @@ from nano_dmd.engine.files import MADE_AGAIN, UserError, load_tensors, note, sav
 from nano_dmd.methods import needs
 from nano_dmd.real_score import RealScore
 from nano_dmd.teacher import load_teacher, make_pairs
+from nano_dmd.teachers import zoo
 from nano_dmd.teachers.data import load_data, resident
-from nano_dmd.teachers.zoo import RECIPES, fit_or_load, weights_digest
 
 
 def find_teacher(cfg, device, resumed=""):
@@ -25,8 +25,9 @@ def find_teacher(cfg, device, resumed=""):
     options = dict(steps=cfg.teacher_steps, seed=cfg.teacher_seed, compile=cfg.compile)
     teacher = load_teacher(cfg.teacher, device, data=cfg.data, **options)
     if teacher.net is None:
-        check_guidance(cfg, teacher.classes, RECIPES["toy"])
-        net, recipe = fit_or_load(cfg.teacher, cfg.teacher, RECIPES["toy"], device, **options)
+        check_guidance(cfg, teacher.classes, zoo.RECIPES["toy"])
+        net, recipe = zoo.fit_or_load(cfg.teacher, cfg.teacher, zoo.RECIPES["toy"], device,
+                                      **options)
         teacher = teacher._replace(net=net, recipe=recipe)
     check_guidance(cfg, teacher.classes, teacher.recipe)
     return teacher
@@ -130,7 +131,7 @@ def teacher_digest(cfg, teacher, prompts):
         return dict(files=files, texts=digest(prompts.texts))
     if teacher.denoiser is teacher.net:
         args = digest([teacher.recipe["network"], teacher.recipe["args"]])
-        weights = weights_digest(teacher.net)
+        weights = zoo.weights_digest(teacher.net)
         return dict(weights=weights, args=args, sigma_data=teacher.sigma_data)
     mixture = load_data(cfg.teacher)
     return dict(mixture=[v.tolist() for v in (mixture.means, mixture.std, mixture.weights)])

@@ -82,7 +82,7 @@ def median_seconds(function, device, repeats):
     return sorted(times[2:])[repeats // 2]
 
 
-def machine(device):
+def about(device):
     """What a measurement was made on, and this process's peak memory: on the GPU, else resident."""
     peak, name = None, platform.processor() or platform.machine()
     if device.type == "cuda":

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from nano_dmd.engine import files
 from nano_dmd.engine.config import Config, read_config, same_run
-from nano_dmd.engine.files import (UserError, first_line, load_tensors, load_weights, note,
-                                   own_state, remove_leftovers, trim_log, write_json)
+from nano_dmd.engine.files import UserError, first_line
 from nano_dmd.engine.find import find_teacher
 from nano_dmd.engine.lora import lora_copy
 from nano_dmd.engine.machine import fast_bf16
@@ -28,15 +28,15 @@ def open_folder(cfg, teacher, device, step, before, processes):
     if before != processes:
         print(f"resumed by {processes} processes instead of {before}: the same batches and noise, "
               "but sums in another order, so the result agrees to rounding and not to the bit")
-    remove_leftovers(out)
-    write_json(out / "config.json", asdict(cfg))
+    files.remove_leftovers(out)
+    files.write_json(out / "config.json", asdict(cfg))
     save_teacher(out, teacher.net, teacher.recipe)
-    trim_log(out / "log.jsonl", step)
+    files.trim_log(out / "log.jsonl", step)
 
 
 def state(cfg, step, seconds, nets, opts, draw):
     """Everything a resumed run needs to go on to the bit.  All processes share one random state."""
-    modules = {name: own_state(getattr(nets, name)) for name in TRAINED}
+    modules = {name: files.own_state(getattr(nets, name)) for name in TRAINED}
     cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
     return dict(config=asdict(cfg), step=step, seconds=list(seconds), processes=place()[1],
                 nets=gather(modules), opts=gather({k: opt.state_dict() for k, opt in opts.items()}),
@@ -55,14 +55,14 @@ def restore(saved, cfg, nets, opts, draw, path):
             raise ValueError(f"it is of a run with {name} {there!r:.40}, not {here!r:.40}")
         for name, v in draw.sources.items():
             if saved.get("sources", {}).get(name, v) != v:
-                note(f"--{name} is not as it was when this run was started: what follows is "
+                files.note(f"--{name} is not as it was when this run was started: what follows is "
                      "another run than it would have been")
         right = 0 < saved["step"] <= cfg.steps and saved["processes"] > 0
         if not right or saved["opts"].keys() != opts.keys():
             known = sorted(saved["opts"])
             raise ValueError(f"step {saved['step']} of {cfg.steps}, optimisers {known}")
         for name in TRAINED:
-            load_weights(getattr(nets, name), saved["nets"][name], path)
+            files.load_weights(getattr(nets, name), saved["nets"][name], path)
         for name, opt in opts.items():
             groups = opt.state_dict()["param_groups"]
             if problem := wrong_moments(saved["opts"][name], groups[0], opt, cfg):
@@ -108,6 +108,6 @@ def load_run(folder, device="cpu"):
     lora = partial(lora_copy, rank=cfg.lora_generator)
     generator = Generator(teacher.net, cfg.sigma_list(), cfg.unit_noise, copy=lora)
     path = folder / "generator.safetensors"
-    load_weights(generator, load_tensors(path), path)
+    files.load_weights(generator, files.load_tensors(path), path)
     generator.net.bf16 = teacher.net.bf16 = cfg.bf16 and fast_bf16(device)
     return cfg, teacher, generator.requires_grad_(False)

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 
+from nano_dmd import networks
 from nano_dmd.denoiser import EDM, train_denoiser
+from nano_dmd.engine import files, machine
 from nano_dmd.engine.cache import cached
-from nano_dmd.engine.files import (UserError, load_tensors, load_weights, note, read_bytes,
-                                   read_json, save_tensors, write_json)
-from nano_dmd.engine.machine import compile_net, compiled, fast_bf16, forked
-from nano_dmd.networks import MLP, UNet
+from nano_dmd.engine.files import UserError
 from nano_dmd.teachers.data import MOST_CLASSES, identity, load_data
 
 SMALL_EDM = dict(model_type="SongUNet", img_resolution=32, img_channels=3, label_dim=10,
@@ -55,9 +54,9 @@ def find(name, device, steps=0, seed=0, data="", show=True, compile=False):
         from nano_dmd.teachers.text_to_image import load
 
         teacher = load(source, device)
-        before = {} if source == name else read_json(Path(name) / "teacher.json")
+        before = {} if source == name else files.read_json(Path(name) / "teacher.json")
         if before.get("version", "") not in ("", teacher["recipe"]["version"]):
-            note(f"{source} is not as it was when {name} was made: its files changed")
+            files.note(f"{source} is not as it was when {name} was made: its files changed")
         return teacher
     if name in RECIPES and name != "toy":
         data = RECIPES[name]["data"] or data or "cifar10"
@@ -78,12 +77,12 @@ def fit_or_load(name, data_name, recipe, device, steps=0, seed=0, show=True, com
     def make(folder):
         start = time.process_time(), time.perf_counter()
         data = load_data(data_name, device)
-        with forked(device), compiled(True, asked=compile):
+        with machine.forked(device), machine.compiled(True, asked=compile):
             torch.manual_seed(seed)
             found = fitted(recipe, data)
             net, rng = untrained(found, device).to(device), torch.Generator().manual_seed(seed)
             if compile:
-                compile_net(net.net)
+                machine.compile_net(net.net)
             net = train_denoiser(net, lambda n: data.sample(n, rng), found, show)
         save_teacher(folder, net, dict(found, shape=list(data.shape), classes=data.classes,
                                        cpu_seconds=round(time.process_time() - start[0], 1),
@@ -119,8 +118,8 @@ def untrained(recipe, device="cpu"):
 
         net = edm_network(**args)
     else:
-        net = {"mlp": MLP, "unet": UNet}[kind](**args)
-    return EDM(net, recipe["sigma_data"], recipe["bf16"] and fast_bf16(device))
+        net = {"mlp": networks.MLP, "unet": networks.UNet}[kind](**args)
+    return EDM(net, recipe["sigma_data"], recipe["bf16"] and machine.fast_bf16(device))
 
 
 def kept(name, made_of, make):
@@ -133,9 +132,9 @@ def save_teacher(folder, net, recipe):
 
     recipe  network, args, sigma_data, bf16 to build it; shape, classes, data, seconds, cpu_seconds
     """
-    write_json(Path(folder) / "teacher.json", recipe)
+    files.write_json(Path(folder) / "teacher.json", recipe)
     if "source" not in recipe:  # a pipeline with text stays where it is: gigabytes
-        save_tensors(Path(folder) / "teacher.safetensors", net.state_dict())
+        files.save_tensors(Path(folder) / "teacher.safetensors", net.state_dict())
 
 
 RECIPE = dict(network=str, args=dict, sigma_data=float, bf16=bool, shape=[int], classes=int,
@@ -146,7 +145,7 @@ LARGEST = dict(dim=4096, width=8192, depth=64, octaves=16, channels=64, classes=
 
 def read_teacher(folder, device):
     """The inverse of save_teacher: (network, recipe).  raises UserError for a damaged folder."""
-    recipe = read_json(Path(folder) / "teacher.json", RECIPE)
+    recipe = files.read_json(Path(folder) / "teacher.json", RECIPE)
     path = Path(folder) / "teacher.safetensors"
     try:
         if problem := nonsense(recipe):
@@ -155,7 +154,7 @@ def read_teacher(folder, device):
     except Exception as e:                         # whatever the constructors of networks raise
         raise UserError(f"{folder}/teacher.json does not describe a teacher "
                         f"({type(e).__name__}: {e})") from e
-    load_weights(net, load_tensors(path), path)
+    files.load_weights(net, files.load_tensors(path), path)
     return net.requires_grad_(False).eval(), recipe
 
 
@@ -199,8 +198,8 @@ def text_pipeline_of(name):
     """The pipeline with text that a name, a folder or a run's folder stands for, "" if none."""
     path = Path(name) / "teacher.json"
     if path.is_file():
-        recipe = read_json(path, {})
-        return read_json(path, {"source": str})["source"] if "source" in recipe else ""
+        recipe = files.read_json(path, {})
+        return files.read_json(path, {"source": str})["source"] if "source" in recipe else ""
     from nano_dmd.teachers.diffusers_unet import index_of
     from nano_dmd.teachers.text_networks import RANDOM
 
@@ -240,5 +239,5 @@ def is_pipeline(name):
         return False
     if Path(name).is_dir():
         files = [Path(name) / f for f in ("model_index.json", "config.json")]
-        return any(f.is_file() and b"_class_name" in read_bytes(f) for f in files)
+        return any(f.is_file() and b"_class_name" in files.read_bytes(f) for f in files)
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII))
