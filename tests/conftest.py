@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nano_dmd import evaluate, methods, train
-from nano_dmd.engine import build, files
+from nano_dmd.engine import files, prepare, progress
 from nano_dmd.engine.config import resolve
+from nano_dmd.teachers import zoo
 
 META = torch.device("meta")
 TOY = ["--preset", "toy", "--device", "cpu", "--teacher_steps", "50", "--batch", "32"]
@@ -39,7 +40,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(train, "have_matplotlib", lambda: False)
     monkeypatch.setattr(evaluate, "rows", lambda net, teacher, data, label, images: {
         "teacher": {"NFE": 35, "seconds": 1.0}, label: {"NFE": len(net.sigmas)}})
-    monkeypatch.setattr(build, "heun", lambda denoiser, z, cond=None: 0.5 * z)
+    monkeypatch.setattr(progress, "heun", lambda denoiser, z, cond=None, **levels: 0.5 * z)
 
 
 @pytest.fixture(scope="session")
@@ -84,15 +85,15 @@ def one_device(monkeypatch):
 @pytest.fixture
 def step_on_meta(monkeypatch, one_device):
     """function(overrides): the logs of a train_step, the second, on torch's meta device."""
-    monkeypatch.setattr(build, "weights_digest", lambda net: "the same for both")
+    monkeypatch.setattr(zoo, "weights_digest", lambda net: "the same for both")
 
     def function(overrides):
         cfg = resolve(dict(steps=5, batch=8, teacher_steps=2, pairs=8, pair_steps=2) | overrides)
-        build.prepare(cfg, torch.device("cpu"))                   # leaves teacher and pairs in the cache
+        prepare.prepare(cfg, torch.device("cpu"))                   # leaves teacher and pairs in the cache
         warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
         with one_device:
             one_device.waits = True
-            _, nets, opts, draw = build.prepare(cfg, META)
+            _, nets, opts, draw = prepare.prepare(cfg, META)
             methods.train_step(nets, opts, draw, cfg, 2)            # tables are copied to the device once
             one_device.waits = False
             return methods.train_step(nets, opts, draw, cfg, 3)

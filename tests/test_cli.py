@@ -20,13 +20,14 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
-from nano_dmd import compare, denoiser, evaluate, fake_score, methods, sid_loss, train
-from nano_dmd.engine import build, files, machine
+from nano_dmd import compare, evaluate, fake_score, methods, sid_loss, train
+from nano_dmd.engine import draw, files, progress
 from nano_dmd.engine.files import command, load_checkpoint, load_tensors, read_json
 from nano_dmd.teachers.edm_networks import edm_network
 from nano_dmd.engine.config import Config, resolve, split
 from nano_dmd.presets import PRESETS
-from nano_dmd.denoiser import EDM
+from nano_dmd.denoiser import EDM, heun
+from nano_dmd.teachers import zoo
 from nano_dmd.teachers.zoo import RECIPES, save_teacher
 
 TOY = ["--preset", "toy", "--method", "sid", "--device", "cpu", "--teacher_steps", "50", "--batch", "32",
@@ -52,7 +53,7 @@ def complain(tmp_path, monkeypatch, capfd):
     """complain(argv, main) -> the one sentence on stderr; nothing in the working folder or the cache may change."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "train", lambda *a: pytest.fail("the training was started"))
-    monkeypatch.setattr(denoiser, "train_teacher", lambda *a: pytest.fail("the training of a teacher was started"))
+    monkeypatch.setattr(zoo, "train_denoiser", lambda *a: pytest.fail("the training of a teacher was started"))
 
     def run(argv, main=train.main):
         folders = tmp_path, files.cache_dir()
@@ -143,7 +144,7 @@ def test_device_without_float64(complain, monkeypatch):
 
     monkeypatch.setattr(torch, "empty", empty)
     text = complain(["--device", "mps"])
-    assert "no device 'mps' to use on this machine (Cannot convert a MPS Tensor to float64" in text and "--device cpu" in text
+    assert "no device 'mps' to use on this machine: Cannot convert a MPS Tensor to float64" in text and "--device cpu" in text
 
 
 def test_data_of_another_shape(complain, toy_run):
@@ -450,7 +451,7 @@ def test_full_disk(last_words, monkeypatch):
         full = fail(OSError(errno.ENOSPC, "No space left on device"))
         at_step(patch, 7, lambda: patch.setattr(files.os, "fsync", full))
         patch.setattr(files.os, "fsync", lambda fd: None)
-        patch.setattr(train, "append_line", lambda *a: None)
+        patch.setattr(progress, "append_line", lambda *a: None)
         text = last_words([*TOY, "--sample_every", "50"])
         assert text.startswith("error: cannot write out/checkpoint.pt: No space left on device; free some space")
     is_good(6)
@@ -460,9 +461,9 @@ def test_full_disk(last_words, monkeypatch):
 
 def test_full_gpu(last_words, monkeypatch):
     at_step(monkeypatch, 4, fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore words.")))
-    assert last_words(TOY) == ("error: out of memory (CUDA out of memory. Tried to allocate 2 GiB.); "
-                               "try a smaller --batch or, with the same result, a larger --accumulate; --checkpointing, "
-                               "--lora_critic 64 and --adam8bit help large networks")
+    text = last_words(TOY)
+    assert text.startswith("error: out of memory (CUDA out of memory. Tried to allocate 2 GiB.); try a smaller --batch")
+    assert "--accumulate" in text and "--checkpointing" in text and "--adam8bit" in text
     is_good(3)
 
 
@@ -494,31 +495,34 @@ def test_interrupt(last_words, monkeypatch):
 
 
 def poison(monkeypatch, step, module, name, value):
-    """From generator update `step` on, sample 5 of module.name's answer is value; returns the levels module draws."""
-    real, draw, drawn = getattr(module, name), module.draw_sigma, []
+    """From generator update `step` on, sample 5 of module.name's answer is value; returns {spec: the levels first drawn}."""
+    real, draw_sigma, drawn = getattr(module, name), draw.draw_sigma, {}
 
     def poisoned(*args, **kwargs):
         result = real(*args, **kwargs)
         return torch.cat([result[:5], result[5:6] * value, result[6:]])
 
-    def remember(*args):
-        drawn.append(draw(*args))
-        return drawn[-1]
+    def remember(spec, *args):
+        sigma = draw_sigma(spec, *args)
+        drawn.setdefault(spec, sigma)
+        return sigma
 
-    monkeypatch.setattr(module, "draw_sigma", remember)
+    monkeypatch.setattr(draw, "draw_sigma", remember)
     at_step(monkeypatch, step, lambda: (drawn.clear(), monkeypatch.setattr(module, name, poisoned)))
     return drawn
 
 
 @pytest.mark.parametrize("step, kept", [(8, 6), (7, 6), (12, 9)])
-@pytest.mark.parametrize("loss, module, name, value", [
-    ("sid_loss", sid_loss, "sid_integrand", math.nan), ("denoising_loss", fake_score, "edm_loss", math.inf)])
-def test_nan(last_words, monkeypatch, step, kept, loss, module, name, value):
+@pytest.mark.parametrize("loss, noise, module, name, value", [
+    ("sid_loss", "dm_sigma", sid_loss, "sid_integrand", math.nan),
+    ("denoising_loss", "critic_sigma", fake_score, "edm_loss", math.inf)])
+def test_nan(last_words, monkeypatch, step, kept, loss, noise, module, name, value):
     """It stops with the step, the loss and the sigma; the checkpoint is from before, and the run can go on from it."""
     with monkeypatch.context() as patch:
         drawn = poison(patch, step, module, name, value)
         text = last_words(TOY)
-    assert re.match(rf"error: {loss} is (nan|inf) at step {step} \(sigma {drawn[0][5]:.4g}\); the last good", text)
+    sigma = drawn[getattr(resolve(dict(preset="toy", method="sid")), noise)][5]
+    assert re.match(rf"error: {loss} is (nan|inf) at step {step} \(sigma {sigma:.4g}\); the last good", text)
     is_good(kept)
     assert not Path("out/report.json").exists() and not Path("out/generator.safetensors").exists()
     assert max(json.loads(line)["step"] for line in open("out/log.jsonl")) < step
@@ -540,28 +544,15 @@ def test_nan_gradient_of_a_finite_loss(last_words, monkeypatch, step):
 def test_warnings(monkeypatch, tmp_path, quick, capfd, scale, word):
     """Samples far from the teacher's spread are announced while there is time to stop."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(build, "heun", lambda denoiser, z, cond=None: scale * z)
+    monkeypatch.setattr(progress, "heun", lambda denoiser, z, cond=None: scale * z)
     train.main(TOY)
     out = capfd.readouterr().out
-    assert f"WARNING: samples {word}: " in out and "the teacher's is" in out
+    assert f"WARNING: samples {word}: " in out and ", teacher " in out
     assert len(re.findall("WARNING", out)) == 6                   # one per line of the log, of one kind
 
 
 def test_no_warning_without_reason(monkeypatch, tmp_path, quick, capfd):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(build, "heun", denoiser.heun)
+    monkeypatch.setattr(progress, "heun", heun)
     train.main(TOY)
     assert "WARNING" not in capfd.readouterr().out
-
-
-@pytest.mark.parametrize("load, threads, said", [(0.2, 2, False), (1.0, 2, True), (1.0, 1, False), (0.4, 1, False)])
-def test_a_busy_machine_is_noticed(load, threads, said, monkeypatch, capsys):
-    """Threads and load together above the 2 cores: the hint names --threads 1; one thread has nobody to wait for."""
-    before = torch.get_num_threads()
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    try:
-        machine.use_threads(threads, torch.device("cpu"))
-        assert torch.get_num_threads() == threads and ("--threads 1" in capsys.readouterr().err) == said
-    finally:
-        torch.set_num_threads(before)

@@ -107,7 +107,7 @@ def test_movie_moves(race):
             movie.seek(i)
             frames.append(np.asarray(movie.convert("RGB")) / 255)
             durations.append(movie.info["duration"])
-    assert len(frames) == len(toy.moments(40)) and frames[0].shape == (280, 520, 3)
+    assert len(frames) == len(toy.moments_of(40)) and frames[0].shape == (280, 520, 3)
     assert durations[-1] > 10 * durations[0]
     assert np.abs(frames[0] - frames[-1]).mean() > 0.005 and all(f.std() > 0.05 for f in frames)
     assert (race[0] / "samples.gif").stat().st_size < 1.5e6
@@ -176,7 +176,7 @@ def test_visits_is_the_noised_density():
 
 @pytest.mark.parametrize("steps", [1, 9, 11, 400, 7000])
 def test_moments_grow_from_start_to_end(steps):
-    when = toy.moments(steps)
+    when = toy.moments_of(steps)
     assert when[0] == 0 and when[-1] == steps and when == sorted(set(when)) and len(when) <= 40
     assert len(when) == 40 or steps <= 400
 

@@ -238,6 +238,6 @@ def is_pipeline(name):
     if name in RECIPES or name.startswith(("edm:", "toy:")) or name.endswith(".pkl"):
         return False
     if Path(name).is_dir():
-        files = [Path(name) / f for f in ("model_index.json", "config.json")]
-        return any(f.is_file() and b"_class_name" in files.read_bytes(f) for f in files)
+        paths = [Path(name) / f for f in ("model_index.json", "config.json")]
+        return any(p.is_file() and b"_class_name" in files.read_bytes(p) for p in paths)
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII))

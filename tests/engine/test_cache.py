@@ -15,14 +15,14 @@ from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from PIL import Image
 
 from nano_dmd import evaluate
-from nano_dmd.engine import build, cache, find
-from nano_dmd.metrics import images
+from nano_dmd.engine import cache, find
+from nano_dmd.metrics.images import is_digits
 from nano_dmd.teachers import data, zoo
 from nano_dmd.engine.cache import cached, fingerprint, visible_files
 from nano_dmd.engine.files import UserError, cache_dir, command, load_tensors, save_tensors
 from nano_dmd.engine.config import resolve
 from nano_dmd.denoiser import FromEps, FromV
-from nano_dmd.teacher import load_teacher
+from nano_dmd.teacher import Teacher, load_teacher
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +99,7 @@ def test_a_teacher_is_of_the_images_that_are_there(tmp_path, monkeypatch):
         seen.append(weight(teacher.net))
         assert teacher.data == str(tmp_path / place / "imgs")     # to be found from anywhere
     assert len(set(seen)) == 3
-    monkeypatch.setattr(zoo, "train_teacher", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr(zoo, "train_denoiser", lambda *a: pytest.fail("trained again"))
     assert weight(load_teacher("cifar10-small", data="imgs", steps=2, show=False).net) == seen[2]
 
 
@@ -110,7 +110,7 @@ def pairs_key(teacher, **changes):
         raise KeyError(cache.digest(made_of))
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyError) as key:
-        patch.setattr(build, "cached", stop)
+        patch.setattr(find, "cached", stop)
         find.cached_pairs(cfg, teacher, "cpu")
     return key.value.args[0]
 
@@ -138,7 +138,7 @@ def test_other_peoples_small_grey_sets_are_not_the_digits():
     """Ten classes of 8x8 pixels have the metrics of any images, and leave the classifier of the digits alone."""
     rng = np.random.default_rng(0)
     mine = data.TensorData(torch.from_numpy(rng.integers(0, 256, (20, 1, 8, 8), dtype=np.uint8)), torch.arange(20) % 10)
-    assert not images.is_digits(mine) and images.is_digits(data.load_digits())
+    assert not is_digits(mine) and is_digits(data.load_digits())
     assert set(evaluate.measure(lambda z, cond: 0 * z[0], mine, 1, images=20)) == set(evaluate.OTHERS)
 
 
@@ -214,9 +214,9 @@ def test_tables_that_do_not_belong_together(tmp_path, wrong):
                                     lambda t: t["x"].fill_(torch.nan), lambda t: t["cond"].fill_(10), lambda t: t.pop("cond"),
                                     lambda t: t.update(cond=t["cond"].float()), lambda t: t["cond"].fill_(-1)])
 def test_damaged_pairs_are_a_sentence(change, monkeypatch):
-    monkeypatch.setattr(build, "make_pairs", lambda denoiser, z, cond, batch, **args: 0 * z)
-    teacher = zoo.Teacher(torch.nn.Identity(), (1, 8, 8), 10, 0.5, "digits", None, {"network": "unet", "args": {}})
-    teacher = teacher._replace(net=teacher.denoiser)
+    monkeypatch.setattr(find, "make_pairs", lambda denoiser, z, cond, batch, **args: 0 * z)
+    net = torch.nn.Identity()
+    teacher = Teacher("images", net, (1, 8, 8), 10, 0.5, "digits", net, {"network": "unet", "args": {}})
     cfg = resolve(dict(preset="digits", pairs=3))
     assert find.cached_pairs(cfg, teacher, torch.device("cpu"))["z"].shape == (3, 1, 8, 8)
     path, = cache_dir().glob("pairs-*.safetensors")

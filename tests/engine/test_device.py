@@ -9,10 +9,10 @@ import torch
 from test_hub import pipeline
 
 from nano_dmd import evaluate, methods, train
-from nano_dmd.metrics import images
+from nano_dmd.metrics.images import digit_classifier
 from nano_dmd.teachers import data, zoo
 from nano_dmd.engine.machine import forked
-from nano_dmd.denoiser import train_teacher
+from nano_dmd.denoiser import train_denoiser
 from nano_dmd.teacher import load_teacher
 
 EDM_ARGS = dict(model_type="SongUNet", img_resolution=8, img_channels=1, label_dim=10, model_channels=16, channel_mult=[1, 2],
@@ -64,9 +64,9 @@ def test_so_does_the_training_of_a_teacher(one_device, monkeypatch):
     item = torch.Tensor.item
     monkeypatch.setattr(torch.Tensor, "item", lambda self: 0.0 if self.is_meta else item(self))
     recipe = dict(zoo.RECIPES["digits"], steps=2, batch=4, label_dropout=0.1)
-    net, digits = zoo.build(recipe, "meta").to("meta"), data.load_digits("meta")
+    net, digits = zoo.untrained(recipe, "meta").to("meta"), data.load_digits("meta")
     with one_device:
-        ema = train_teacher(net, lambda n: digits.sample(n, torch.Generator()), recipe, show=False)
+        ema = train_denoiser(net, lambda n: digits.sample(n, torch.Generator()), recipe, show=False)
     assert all(p.device.type == "meta" for p in ema.parameters())
 
 
@@ -77,7 +77,7 @@ def test_random_streams_of_other_devices_are_left_alone(monkeypatch, tmp_path, q
     monkeypatch.setenv("NANO_DMD_CACHE", str(tmp_path))
     train.main(["--preset", "digits", "--method", "sid", "--device", "cpu", "--teacher_steps", "1", "--steps", "1",
                 "--batch", "2", "--out", str(tmp_path / "run")])
-    images.digit_classifier(data.load_digits())
+    digit_classifier(data.load_digits())
     load_teacher("random:tiny")
     assert len(asked) == 4 and all(devices == [] for devices in asked)                # teacher, diagnostics, classifier, weights
     forked("cuda:3")

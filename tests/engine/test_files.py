@@ -10,19 +10,20 @@ import pickle
 import random
 import shutil
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nano_dmd import methods
-from nano_dmd.engine import build, files, runs
+from nano_dmd.engine import files, runs
 from nano_dmd.engine.find import cached_pairs, find_teacher
 from nano_dmd.engine.files import (UserError, append_line, check_writable, load_checkpoint,
                                    load_tensors, load_weights, read_json, remove_leftovers,
                                    save_checkpoint, save_tensors, write_atomic)
 from nano_dmd.engine.config import resolve
 from nano_dmd.teacher import load_teacher
-from nano_dmd.engine.build import prepare
+from nano_dmd.engine.prepare import prepare
 
 STATE = dict(step=3, seconds=[1.0, 2.0], nets={"fake": {"w": torch.arange(150.0).view(50, 3)}}, config={}, processes=1, opts={},
              rng=[torch.get_rng_state(), [], torch.get_rng_state()])
@@ -48,12 +49,14 @@ def test_write_atomic_replaces_and_makes_folders(tmp_path):
     write_atomic(path, b"old")
     write_atomic(path, b"new")
     assert path.read_bytes() == b"new" and names(path.parent) == ["file"]
-    assert path.stat().st_mode & 0o777 == 0o666 & ~files._umask()            # readable like any other new file
+    (other := path.with_name("other")).touch()                    # readable like any other new file
+    assert path.stat().st_mode == other.stat().st_mode
 
 
-@pytest.mark.parametrize("call", ["fsync", "fdopen", "replace"])
+@pytest.mark.parametrize("module, call", [(files.os, "fsync"), (files, "open"), (files.os, "replace")],
+                         ids=["fsync", "open", "replace"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_write_atomic_keeps_the_old_file(tmp_path, monkeypatch, call, error):
+def test_write_atomic_keeps_the_old_file(tmp_path, monkeypatch, module, call, error):
     """Whatever goes wrong before the rename, the old content stays and no temporary file does."""
     path = tmp_path / "file"
     write_atomic(path, b"old")
@@ -61,7 +64,7 @@ def test_write_atomic_keeps_the_old_file(tmp_path, monkeypatch, call, error):
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(files.os, call, fail)
+    monkeypatch.setattr(module, call, fail, raising=False)
     if isinstance(error, OSError):
         assert "No space left on device; free some space" in sentence(write_atomic, path, b"new")
     else:
@@ -95,8 +98,8 @@ def test_check_writable(tmp_path):
     (tmp_path / "file").write_text("")
     check_writable(tmp_path / "x" / "y")
     assert names(tmp_path) == ["file"]
-    assert "not a folder" in sentence(check_writable, tmp_path / "file")
-    assert "not a folder" in sentence(check_writable, tmp_path / "file" / "x")
+    assert "file is no folder to write to" in sentence(check_writable, tmp_path / "file")
+    assert "file is no folder to write to" in sentence(check_writable, tmp_path / "file" / "x")
 
 
 def test_remove_leftovers(tmp_path):
@@ -170,8 +173,8 @@ def test_hostile_checkpoint_runs_nothing(tmp_path, dump):
     assert not victim.exists()
 
 
-def parts():
-    """(Config, Nets, optimisers) of a run after one step: a Linear for each network."""
+def parts(sources):
+    """(Config, Nets, optimisers, what is left of a Draw) of a run after one step: a Linear for each network."""
     cfg = resolve(dict(preset="toy", steps=5))
     made = [torch.nn.Linear(2, 2, bias=False) for _ in range(4)]
     nets = methods.Nets(None, *made, 0.5)
@@ -179,17 +182,20 @@ def parts():
     for opt in opts.values():
         opt.param_groups[0]["params"][0].grad = torch.ones(2, 2)
         opt.step()
-    return cfg, nets, opts
+    return cfg, nets, opts, SimpleNamespace(rng=torch.Generator(), sources=sources)
 
 
-def restored(path, change=lambda saved: None):
-    """What restore says of a checkpoint, once changed, that fits otherwise; all through its file."""
-    cfg, nets, opts = parts()
-    saved = runs.state(cfg, 3, [1.0, 2.0], nets, opts, torch.Generator(), build.sources(cfg))
+def restored(path, change=lambda saved: None, before={}, after={}):
+    """What restore says of a checkpoint, once changed, that fits otherwise; all through its file.
+
+    before, after: fingerprints of what the run reads, at its start and when it is resumed.
+    """
+    cfg, nets, opts, draw = parts(before)
+    saved = runs.state(cfg, 3, [1.0, 2.0], nets, opts, draw)
     change(saved)
     save_checkpoint(path, saved)
-    cfg, nets, opts = parts()
-    found = runs.restore(load_checkpoint(path), cfg, nets, opts, torch.Generator(), path, build.sources(cfg))
+    cfg, nets, opts, draw = parts(after)
+    found = runs.restore(load_checkpoint(path), cfg, nets, opts, draw, path)
     return found, nets, opts, saved
 
 
@@ -253,10 +259,8 @@ def test_restore_names_the_difference(tmp_path):
         assert words in sentence(restored, tmp_path / "ck.pt", WRONG[case])
 
 
-def test_a_resumed_run_is_told_when_its_data_changed(tmp_path, monkeypatch, capsys):
-    (tmp_path / "imgs").mkdir()
-    monkeypatch.setattr(build, "sources", lambda cfg: {"data": "before"})
-    restored(tmp_path / "ck.pt", lambda s: monkeypatch.setattr(build, "sources", lambda cfg: {"data": "after"}))
+def test_a_resumed_run_is_told_when_its_data_changed(tmp_path, capsys):
+    restored(tmp_path / "ck.pt", before={"data": "before"}, after={"data": "after"})
     assert "--data is not as it was when this run was started" in capsys.readouterr().err
 
 

@@ -14,10 +14,10 @@ import torch
 from test_resume import RUNS, die_at, skip_evaluation
 from torch.torch_version import TorchVersion
 
-from nano_dmd import noise, train
+from nano_dmd import train
 from nano_dmd.engine import parallel
 from nano_dmd.engine.files import UserError, command, load_tensors, read_json
-from nano_dmd.noise import draw_noise, draw_sigma
+from nano_dmd.engine.draw import Batch
 from nano_dmd.engine.config import resolve
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -127,7 +127,7 @@ def test_a_killed_run_is_resumed_by_as_many_or_fewer(tmp_path):
         out = tmp_path / f"resumed-by-{count}"
         assert launch(2, *arguments, "--out", str(out), dies=True)[0] != 0 and not (out / "generator.safetensors").exists()
         assert_close(train_with(count, out, "--resume"), whole, atol)
-        assert ("agrees up to rounding" in out.with_suffix(".txt").read_text()) == (count == 1)
+        assert ("agrees to rounding" in out.with_suffix(".txt").read_text()) == (count == 1)
 
 
 def test_a_batch_that_cannot_be_shared(tmp_path):
@@ -140,8 +140,8 @@ def test_a_batch_that_cannot_be_shared(tmp_path):
 def test_torch_too_old_to_shard(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.0+cpu"))
-    with pytest.raises(UserError, match="--shard on a CPU needs torch 2.7 or later, not 2.6.0"):
-        parallel.start(resolve(dict(preset="toy", shard=True)), torch.device("cpu"))
+    with pytest.raises(UserError, match="--shard on a CPU needs torch 2.7, not 2.6.0"):
+        parallel.begin(resolve(dict(preset="toy", shard=True)), torch.device("cpu"))
 
 
 ENDS = """
@@ -170,11 +170,12 @@ def test_torchrun(tmp_path):
 
 
 def test_draws_are_rows_of_the_joint_draw(monkeypatch):
-    """draw_noise, draw_sigma in process r of N are rows r n ... (r + 1) n of what one process draws for N n samples."""
+    """What a batch in process r of N draws are rows r n ... (r + 1) n of what one process draws for N n samples."""
     def draw(rank, count, n):
-        monkeypatch.setattr(noise, "PROCESS", dict(rank=rank, count=count))
+        monkeypatch.setattr(parallel, "place", lambda: (rank, count))
         torch.manual_seed(0)
-        return draw_noise(torch.zeros(n, 3)), draw_sigma("karras(0.01,10)", n, "cpu"), draw_sigma("lognormal(-1,1)", n, "cpu")
+        batch, x = Batch(torch.zeros(1, n, 3)), torch.zeros(n, 3)
+        return *batch.noising("karras(0.01,10)", x), *batch.noising("lognormal(-1,1)", x)
 
     parts = [torch.cat(v) for v in zip(*[draw(rank, 3, 4) for rank in range(3)])]
     torch.testing.assert_close(parts, list(draw(0, 1, 12)), rtol=0, atol=0)

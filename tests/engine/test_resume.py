@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from nano_dmd import evaluate, methods, train
-from nano_dmd.engine import build, files
+from nano_dmd.engine import files, progress
 from nano_dmd.engine.files import UserError, command, load_checkpoint, read_json
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -41,7 +41,7 @@ def skip_evaluation(set_attribute):
     set_attribute(train, "have_matplotlib", lambda: False)
     set_attribute(evaluate, "rows", lambda net, teacher, data, label, images: {
         "teacher": {"NFE": 35, "seconds": 1.0}, label: {"NFE": len(net.sigmas)}})
-    set_attribute(assemble, "heun", lambda denoiser, z, cond=None: 0.5 * z)
+    set_attribute(progress, "heun", lambda denoiser, z, cond=None: 0.5 * z)
 
 
 def die_at(moment, number):
@@ -63,7 +63,7 @@ def die_at(moment, number):
 
     files.os.replace = replace
     if moment == "slowly":                                        # and slower once it may be stopped: busy machines poll late
-        methods.train_step = lambda *args: (time.sleep(0.02 if args[-1] < 12 else 0.25), step(*args))[1]
+        train.train_step = lambda *args: (time.sleep(0.02 if args[-1] < 12 else 0.25), step(*args))[1]
 
 
 def work(argv, moment, number):
@@ -166,10 +166,10 @@ def test_killed_from_outside(uninterrupted, out):
 
 
 @pytest.mark.parametrize("name, moments", [
-    ("toy dmd with pairs", [("half files.pt", 3), ("after files.pt", 2)]),
-    ("toy dmd2 with GAN", [("before files.pt", 2), ("after files.pt", 2), ("before 000060.png", 1)]),
-    ("digits dmd2, 2 steps", [("after files.pt", 1), ("half files.pt", 2), ("before files.pt", 1)]),
-    ("digits dmd2, forward noised", [("after files.pt", 1)]),
+    ("toy dmd with pairs", [("half checkpoint.pt", 3), ("after checkpoint.pt", 2)]),
+    ("toy dmd2 with GAN", [("before checkpoint.pt", 2), ("after checkpoint.pt", 2), ("before 000060.png", 1)]),
+    ("digits dmd2, 2 steps", [("after checkpoint.pt", 1), ("half checkpoint.pt", 2), ("before checkpoint.pt", 1)]),
+    ("digits dmd2, forward noised", [("after checkpoint.pt", 1)]),
 ], ids=lambda x: x if isinstance(x, str) else "")
 def test_killed_during_saves(uninterrupted, out, name, moments):
     """The old checkpoint or the new one is there, never half of one, and either leads to the same end."""
@@ -184,7 +184,7 @@ def test_killed_during_saves(uninterrupted, out, name, moments):
 
 def test_killed_before_the_first_checkpoint(uninterrupted, out, capsys):
     """There is nothing to resume, which one sentence says; the same command simply starts over."""
-    assert exit_code(flags("toy sid", out), "half files.pt", 1) == -signal.SIGKILL
+    assert exit_code(flags("toy sid", out), "half checkpoint.pt", 1) == -signal.SIGKILL
     assert (out / "log.jsonl").read_text()
     with pytest.raises(UserError, match="no checkpoint at .*; start without --resume, or check --out"):
         train.main(resume(out))
@@ -192,7 +192,7 @@ def test_killed_before_the_first_checkpoint(uninterrupted, out, capsys):
     assert differences(result(out), uninterrupted("toy sid")) == []
 
 
-@pytest.mark.parametrize("moment", ["after files.pt", "half generator.safetensors", "before report.json"])
+@pytest.mark.parametrize("moment", ["after checkpoint.pt", "half generator.safetensors", "before report.json"])
 def test_killed_after_the_last_step(uninterrupted, out, moment):
     """Trained, but not evaluated: resuming evaluates and trains nothing."""
     assert exit_code(flags("toy sid", out), moment, 6 if "checkpoint" in moment else 1) == -signal.SIGKILL
@@ -222,7 +222,7 @@ def test_interrupted_by_the_keyboard(uninterrupted, out):
 
 def test_a_log_cut_short(uninterrupted, out):
     """A full disk or a power cut may leave half a line, or bytes of nothing: the rest of the log survives."""
-    assert exit_code(flags("toy sid", out), "before files.pt", 4) == -signal.SIGKILL
+    assert exit_code(flags("toy sid", out), "before checkpoint.pt", 4) == -signal.SIGKILL
     with open(out / "log.jsonl", "ab") as f:
         f.write(b'{"step": 42, "sid_lo\x00\xff')
     assert exit_code(resume(out)) == 0
@@ -232,7 +232,7 @@ def test_a_log_cut_short(uninterrupted, out):
 def test_resume_without_the_cache(uninterrupted, out, tmp_path, monkeypatch, quick):
     """Somebody empties the cache between kill and resume: teacher and pairs are made again, the same to the bit."""
     name = "toy dmd with pairs"
-    assert exit_code(flags(name, out), "before files.pt", 3) == -signal.SIGKILL
+    assert exit_code(flags(name, out), "before checkpoint.pt", 3) == -signal.SIGKILL
     monkeypatch.setenv("NANO_DMD_CACHE", str(tmp_path / "empty"))
     train.main(resume(out))
     assert differences(result(out), uninterrupted(name)) == []
@@ -253,12 +253,12 @@ def test_watching_changes_nothing(uninterrupted, out, quick, monkeypatch):
     often = ["--log_every", "1", "--sample_every", "3", "--save_every", "4"]
     never = ["--log_every", "999", "--sample_every", "999", "--save_every", "999"]
     assert generator_bytes([*RUNS[name], *often], out) == expected
-    monkeypatch.setattr(train, "diagnose", lambda *a: dict(x_std=0.5, spread=0.5, mesm=[0.0], fake_loss=[0.0]))
+    monkeypatch.setattr(progress, "diagnose", lambda *a: dict(x_std=0.5, spread=0.5, mesm=[0.0], fake_loss=[0.0]))
     assert generator_bytes([*RUNS[name], *never], out.with_name("never")) == expected
 
 
 def test_resume_may_change_how_often_one_looks(uninterrupted, out):
-    assert exit_code(flags("toy sid", out), "before files.pt", 3) == -signal.SIGKILL
+    assert exit_code(flags("toy sid", out), "before checkpoint.pt", 3) == -signal.SIGKILL
     assert exit_code([*resume(out), "--log_every", "1", "--save_every", "25", "--sample_every", "7"]) == 0
     a, b = result(out), uninterrupted("toy sid")
     assert [k for k in differences(a, b) if not k.endswith(".png")] == ["log"]

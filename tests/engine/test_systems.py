@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from nano_dmd import compare, evaluate, plot, sample, train
-from nano_dmd.engine import build, cache, files, machine
+from nano_dmd.engine import cache, files
 from nano_dmd.teachers import data
 from nano_dmd.engine.files import write_atomic
 
@@ -26,7 +26,7 @@ RUN = ["--preset", "toy", "--method", "sid", "--device", "cpu", "--teacher_steps
 
 
 def on_windows(patch):
-    """A folder cannot be opened as a file, no folder is renamed onto another, and there is no resource and no getloadavg."""
+    """A folder cannot be opened as a file, no folder is renamed onto another, and there is no resource."""
     opened, replaced, imported, held = os.open, os.replace, builtins.__import__, []
 
     def open_(path, flags, *args, **kwargs):
@@ -48,12 +48,10 @@ def on_windows(patch):
     patch.setattr(os, "open", open_)
     patch.setattr(os, "replace", replace)
     patch.setattr(builtins, "__import__", import_)
-    patch.delattr(os, "getloadavg")
-    patch.setattr(os, "cpu_count", lambda: None)
 
 
 def on_a_network_drive(patch):
-    """Nothing can be synced, permissions cannot be changed, files cannot be mapped, and the load is not known."""
+    """Nothing can be synced, permissions cannot be changed, and files cannot be mapped."""
     load = np.load
 
     def fsync(handle):
@@ -70,7 +68,6 @@ def on_a_network_drive(patch):
     patch.setattr(os, "fsync", fsync)
     patch.setattr(os, "chmod", refuse)
     patch.setattr(np, "load", load_)
-    patch.setattr(os, "getloadavg", refuse)
 
 
 @pytest.mark.parametrize("system", [on_windows, on_a_network_drive])
@@ -92,15 +89,6 @@ def test_everything_works_there(system, tmp_path, monkeypatch, quick):
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert (report["peak_memory_mib"] is None) == (system is on_windows)
     assert not list(tmp_path.rglob("*.tmp"))
-
-
-def test_the_busy_machine_hint_needs_no_load(monkeypatch, capsys):
-    """Where os.getloadavg is not there, or does not know, nothing is said."""
-    for system in (on_windows, on_a_network_drive):
-        with monkeypatch.context() as patch:
-            system(patch)
-            machine.use_threads(1, torch.device("cpu"))
-    assert capsys.readouterr().err == ""
 
 
 def test_rows_that_differ_in_case_have_folders_of_their_own():
