@@ -2,16 +2,18 @@
 
     python -m nano_dmd.evaluate RUN [--metric fd]
 
-images  fd        Frechet distance of pixels to the training images (class-conditional Gaussians do well here)
+digits  fd        Frechet distance of pixels to the training images (a Gaussian per class does well)
         feat_fd   the same on the 64 features of a small classifier trained on every second image
-        precision, recall   share of samples inside the data's 5-NN balls, and of data inside the samples'
-        accuracy  3-nearest-neighbour class of a sample is the class asked for (class means get 1.00)
+        precision, recall   share of samples in the data's 5-NN balls, of data in the samples'
+        accuracy  3-nearest-neighbour class of a sample is the class asked for
         nearest   mean L2 distance to the nearest training image (0 = copies)
-others  fixed_fd, fixed_precision, fixed_recall   stand-ins without a download, not comparable with FID; and, when
-        asked for by --metric, fid, isc, kid, precision, recall on Inception features: see fid.py
-2D      sw2       sliced 2-Wasserstein distance over that of fresh true samples (1 = indistinguishable)
+images  fixed_fd, fixed_precision, fixed_recall   stand-ins without a download; they are no FID
+        fid, isc, kid, precision, recall   on Inception features, if --metric asks for one
+2D      sw2       sliced 2-Wasserstein distance over that of fresh true samples (1 = perfect)
         in3       share within 3 std of a mode (true samples .989 in 2D)
-        modes     modes that hold more than a quarter of their share; weight_error  largest relative error of a mode's share
+        modes     modes that hold more than a quarter of their share
+        weight_error   largest relative error of a mode's share
+text    fid, clip   see metrics/text.py
 """
 
 from statistics import stdev
@@ -25,191 +27,194 @@ from nano_dmd.engine.files import UserError, command
 from nano_dmd.engine.find import find_data
 from nano_dmd.engine.machine import median_seconds, pick_device
 from nano_dmd.engine.runs import load_run
-from nano_dmd.metrics import text as text_metrics
-from nano_dmd.metrics.images import (digit_classifier, generate, image_metrics, is_digits,
-                                     split_halves, standin_metrics)
-from nano_dmd.metrics.inception import METRICS, inception_metrics
+from nano_dmd.metrics import images, inception, text
 from nano_dmd.metrics.points import mixture_metrics
 from nano_dmd.metrics.sets import average, in_batches, table
 from nano_dmd.teachers.data import load_data
 
+TEACHER_STEPS = 50                  # of a usual Stable Diffusion sampler, one guided call each
+DIGITS = ("fd", "feat_fd", "precision", "recall", "accuracy", "nearest")
+IMAGES = ("fixed_fd", "fixed_precision", "fixed_recall")
+POINTS = ("sw2", "in3", "modes", "weight_error")
 
-def measure(sample, data, draws=5, k=1, images=2000):
-    """Mean metrics of sample(z (k, B, *S), cond) -> x over several draws; the noise comes from fixed seeds.
 
-    Digits: as many samples as the data set has, with its labels.  2D: 50,000 points a draw.  Other images: `images`.
+def measure(sample, data, draws=5, k=1, n=2000):
+    """Mean metrics of sample(z (k, B, *S), cond) -> x over several draws; noise from fixed seeds.
+
+    A draw is 50,000 points in 2D, one sample per digit with its label, or n of other images.
     """
-    rows, device = [], data.means.device if hasattr(data, "means") else data.device
+    found = []
     for seed in range(1000, 1000 + draws):
         rng = torch.Generator().manual_seed(seed)
-        if hasattr(data, "means"):
-            z = torch.randn(k, 50_000, *data.shape, generator=rng).to(device)
-            rows.append(mixture_metrics(in_batches(sample, z, None, 10_000), data))
-        elif is_digits(data):
-            z = torch.randn(k, *data.x.shape, generator=rng).to(device)
+        if data.kind == "points":
+            z = torch.randn(k, 50_000, *data.shape, generator=rng).to(data.means.device)
+            found.append(mixture_metrics(in_batches(sample, z, None, 10_000), data))
+        elif images.is_digits(data):
+            z = torch.randn(k, *data.x.shape, generator=rng).to(data.device)
             x = in_batches(sample, z, data.labels, 600)
-            rows.append(image_metrics(x, data.labels, data, digit_classifier(data)))
+            found.append(images.digit_metrics(x, data.labels, data))
         else:
-            seeds = range(seed * images, (seed + 1) * images)
-            made = generate(sample, seeds, data.shape, data.classes, k, device, show=False)
-            rows.append(standin_metrics(made, data, images))
-    return average(rows)
+            seeds = range(seed * n, (seed + 1) * n)
+            made = images.generate(sample, seeds, data.shape, data.classes, k, data.device,
+                                   show=False)
+            found.append(images.standin_metrics(made, data, n))
+    return average(found)
+
+
+def quick(generator, data, n):
+    """The student's metrics from one draw: cheap enough while training.  {} without data."""
+    return measure(generator, data, 1, len(generator.sigmas), n) if data else {}
 
 
 @torch.no_grad()
-def milliseconds(sample, shape, classes, device, k=1, batch=64, repeats=5):
+def milliseconds(sample, teacher, device, k=1, batch=64, repeats=5):
     """Median milliseconds to make one batch."""
-    z, cond = torch.randn(k, batch, *shape, device=device), torch.zeros(batch, dtype=torch.long, device=device)
-    return 1000 * median_seconds(lambda: sample(z, cond if classes else None), device, repeats)
+    z = torch.randn(k, batch, *teacher.shape, device=device)
+    cond = torch.zeros(batch, dtype=torch.long, device=device) if teacher.classes else None
+    return 1000 * median_seconds(lambda: sample(z, cond), device, repeats)
 
 
-def rows(generator, teacher, data, label, draws=5, images=2000):
-    """{"real halves", "teacher", label: {metric: number}} with network calls, samples/s, speed-up
-    and, for a teacher trained here, the seconds of that.  Without data, a table of speeds alone.
+def report_rows(generator, teacher, data, label, draws=5, n=2000):
+    """{"real halves", "teacher", label: {metric: number}}, with network calls and samples/s.
 
-    draws  sample sets to average the student's metrics over, for small data; images  size of a set for large data
+    Without data, a table of speeds alone.  draws: sets of samples to average the student over
     """
     device, k = next(generator.parameters()).device, len(generator.sigmas)
-    samplers = {"teacher": (lambda z, cond: heun(teacher.denoiser, z[0], cond), 1, 35, 1), label: (generator, k, k, draws)}
-    result = {"real halves": split_halves(data, images)} if hasattr(data, "pixels") and len(data) > 1 else {}
-    for name, (sample, k, calls, repeats) in samplers.items():
-        ms = milliseconds(sample, teacher.shape, teacher.classes, device, k)
-        found = measure(sample, data, repeats, k, images) if data else {}
-        result[name] = found | {"NFE": calls, "samples/s": 64_000 / ms}
-    result["teacher"]["seconds"] = teacher.recipe["seconds"] or None
+    result = {}
+    if data and data.kind == "images" and len(data) > 1:
+        result["real halves"] = images.split_halves(data, n)
+
+    def row(sample, k, calls, draws):
+        found = measure(sample, data, draws, k, n) if data else {}
+        speed = 64_000 / milliseconds(sample, teacher, device, k)
+        return found | {"NFE": calls, "samples/s": speed}
+
+    result["teacher"] = row(lambda z, cond: heun(teacher.denoiser, z[0], cond), 1, 35, 1)
+    result["teacher"]["seconds"] = teacher.recipe["seconds"] or None           # if trained here
+    result[label] = row(generator, k, k, draws)
     result[label]["speed-up"] = result[label]["samples/s"] / result["teacher"]["samples/s"]
     return result
-
-TEACHER_STEPS = 50                                                # of a usual Stable Diffusion sampler, one guided call each
 
 
 @torch.no_grad()
 def latency(nets, batch, repeats):
-    """Seconds for one image: (the student, the teacher it replaces, TEACHER_STEPS times one guided call, measured)."""
+    """Seconds for one image: (the student, TEACHER_STEPS times one guided call of the teacher)."""
     z, cond, sigma = batch.z[:, :1], batch.cond[:1], batch.z.new_ones(1)
     guided = median_seconds(lambda: nets.real(z[0], sigma, cond), z.device, repeats)
     return median_seconds(lambda: nets.ema(z, cond), z.device, repeats), TEACHER_STEPS * guided
 
 
 @torch.no_grad()
-def latent_rows(nets, teacher, draw, cfg):
-    """{"teacher", method: {metric: number}} of Stable Diffusion: latency, and the statistics of the latents.
-
-    For FID and CLIP score see --metric.
-    """
+def latent_rows(nets, draw, cfg):
+    """{"teacher", method: {metric: number}} of Stable Diffusion: latency, statistics of latents."""
     batch = draw()
-    (student, slow), x = latency(nets, batch, 3), nets.ema(batch.z, batch.cond)
+    x, (student, slow) = nets.ema(batch.z, batch.cond), latency(nets, batch, 3)
     calls = TEACHER_STEPS * (2 if cfg.guidance != 1 else 1)
     return {"teacher": {"NFE": calls, "ms per image": 1000 * slow},
-            cfg.method: {"NFE": len(batch.z), "ms per image": 1000 * student, "latent mean": x.mean().item(),
-                         "latent std": x.std().item(), "speed-up": slow / student}}
-
-
-def quick(generator, data, images):
-    """The student's metrics alone, from one set of samples: cheap enough to take while training.  {} without data."""
-    return measure(generator, data, 1, len(generator.sigmas), images) if data else {}
+            cfg.method: {"NFE": len(batch.z), "ms per image": 1000 * student,
+                         "speed-up": slow / student, "latent mean": x.mean().item(),
+                         "latent std": x.std().item()}}
 
 
 def inception_rows(cfg, teacher, generator, args, wanted, device):
-    """{method: mean, "spread": standard deviation} of metrics on Inception features over args.repeats sets of args.n images.
+    """{method: mean, "spread": std} of Inception metrics over args.repeats sets of args.n images.
 
-    Set r comes from seeds r n, r n + 1, ...; see py.
+    Set r comes from the seeds r n, r n + 1, ...
     """
     reference = args.reference or cfg.data or teacher.data
     if not reference:
-        raise UserError(f"the data set of {args.run} is not known: name one, or an .npz of EDM's, with --reference")
-    reference, found = reference if reference.endswith(".npz") else load_data(reference, device), []
+        raise UserError(f"the data set of {args.run} is not known: name one, or an .npz of EDM's, "
+                        "with --reference")
+    if not reference.endswith(".npz"):
+        reference = load_data(reference, device)
+    found = []
     for r in range(args.repeats):
-        made = generate(generator, range(r * args.n, (r + 1) * args.n), teacher.shape, teacher.classes,
-                            len(generator.sigmas), device, args.batch)
-        found.append(inception_metrics(made, reference, wanted, device, args.inception_weights))
-    values = {m: [f[m] for f in found] for m in wanted}
-    spread = {"spread": {m: None if None in v else stdev(v) for m, v in values.items()}} if args.repeats > 1 else {}
-    return {cfg.method: average(found)} | spread
+        made = images.generate(generator, range(r * args.n, (r + 1) * args.n), teacher.shape,
+                               teacher.classes, len(generator.sigmas), device, args.batch)
+        found.append(inception.inception_metrics(made, reference, wanted, device,
+                                                 args.inception_weights))
+    rows = {cfg.method: average(found)}
+    if args.repeats > 1:
+        values = {m: [f[m] for f in found] for m in wanted}
+        rows["spread"] = {m: None if None in v else stdev(v) for m, v in values.items()}
+    return rows
 
 
 def text_rows(cfg, teacher, generator, args, wanted, device):
-    """{method: {metric: number}} of a Stable Diffusion student on args.n prompts in turn; seed = number of the image.
-
-    See text_metrics.py.
-    """
+    """{method: metrics} of a text-to-image student on args.n prompts in turn; seed = number."""
     from nano_dmd.teachers.text_to_image import read_prompts
 
     if not teacher.decode:
         raise UserError(f"students of {cfg.teacher} cannot be measured: it has no decoder")
     prompts = read_prompts(teacher.recipe["source"], args.prompts or cfg.prompts)
 
+    @torch.no_grad()
     def one(seed):
-        rng = torch.Generator().manual_seed(seed)
-        z = torch.randn(len(generator.sigmas), 1, *teacher.shape, generator=rng).to(device)
-        return teacher.decode(generator(z, prompts[torch.tensor([seed % len(prompts)])].to(device)))
+        rng, k = torch.Generator().manual_seed(seed), len(generator.sigmas)
+        z = torch.randn(k, 1, *teacher.shape, generator=rng).to(device)
+        cond = prompts[torch.tensor([seed % len(prompts)])].to(device)
+        return teacher.decode(generator(z, cond))
 
     captions = [prompts.texts[i % len(prompts)] for i in range(args.n)]
-    with torch.no_grad():
-        images = (one(seed) for seed in tqdm(range(args.n), "images"))
-        return {cfg.method: text_metrics.measure(images, captions, wanted, args.reference, device, args.inception_weights,
-                                                 args.clip_model)}
-
-DIGITS = ("fd", "feat_fd", "precision", "recall", "accuracy", "nearest")
-
-OTHERS = ("fixed_fd", "fixed_precision", "fixed_recall")
-
-POINTS = ("sw2", "in3", "modes", "weight_error")
+    made = (one(seed) for seed in tqdm(range(args.n), "images"))
+    return {cfg.method: text.text_metrics(made, captions, wanted, args.reference, device,
+                                          args.inception_weights, args.clip_model)}
 
 
-def wanted_metrics(text, teacher, data_name):
-    """(the names in --metric, where they are measured: "text", "inception" or "own").  raises UserError for unknown names.
+def wanted_metrics(asked, teacher, data_name):
+    """(names in --metric, how they are measured: "text", "inception" or "own").  raises UserError.
 
-    For digits, precision and recall mean their own; asked for together with fid, they mean those on Inception features.
+    precision and recall of digits are their own; asked for together with fid, those of Inception.
     """
-    wanted = [name.strip() for name in text.split(",")] if text is not None else []
-    own = POINTS if len(teacher.shape) == 1 else DIGITS if data_name == "digits" else OTHERS
+    wanted = [name.strip() for name in asked.split(",")] if asked is not None else []
+    own = DIGITS if data_name == "digits" else {"points": POINTS}.get(teacher.kind, IMAGES)
+    pictures = teacher.kind == "images" and teacher.shape[0] in (1, 3)
     if teacher.kind == "text":
-        kind, known = "text", ("fid", "clip")
-    elif set(wanted) & set(METRICS) - set(own) and teacher.shape[0] in (1, 3) and own is not POINTS:
-        kind, known = "inception", METRICS
+        how, known = "text", ("fid", "clip")
+    elif pictures and set(wanted) & set(inception.METRICS) - set(own):
+        how, known = "inception", inception.METRICS
     else:
-        kind, known = "own", (*own, "NFE", "samples/s")
+        how, known = "own", (*own, "NFE", "samples/s")
     wrong = [name for name in wanted if name not in known]
-    if kind == "text" and (wrong or not wanted):
-        raise UserError(f"text-to-image students are measured by --metric fid,clip or one of them, got {text!r}")
-    if wrong:
-        more = f", or among themselves: {', '.join(METRICS)}" if kind == "own" and own is not POINTS else ""
-        raise UserError(f"no metric {wrong[0]!r} here, or not in one call with the others: choose from {', '.join(known)}{more}")
-    return [name for name in known if name in wanted], kind
+    if wrong or how == "text" and not wanted:
+        more = f", or together {', '.join(inception.METRICS)}" if pictures and how == "own" else ""
+        raise UserError(f"--metric {asked} cannot be measured in one call here: choose from "
+                        f"{', '.join(known)}{more}")
+    return [name for name in known if name in wanted], how
 
 
 def main(argv=None):
     p = parser("python -m nano_dmd.evaluate", __doc__)
     p.add_argument("run", help="a run folder")
-    p.add_argument("--metric", help=f"print these metrics alone, e.g. sw2; or some of {','.join(METRICS)} (Inception)")
-    p.add_argument("--draws", type=number(1, 10**6), default=5, help="independent sample sets to average over")
-    p.add_argument("--n", type=number(2, 10**9), default=50_000,
-                   help="samples for metrics on Inception features; papers use 50000")
-    p.add_argument("--repeats", type=number(1, 10**6), default=1,
-                   help="sets of --n samples for those metrics; several give a spread")
-    p.add_argument("--batch", type=number(1, 10**6), default=250, help="samples made at once for those metrics")
-    p.add_argument("--reference", help="for those metrics: an .npz of EDM's fid-refs, or a data set (default: the run's)")
-    p.add_argument("--inception-weights", help="torch-fidelity's Inception weights (default: downloaded once)")
-    p.add_argument("--prompts", help="fid and clip of Stable Diffusion students: captions, one to a line (default: the run's)")
-    p.add_argument("--clip-model", default=text_metrics.CLIP, help="for clip: hub name or folder")
+    p.add_argument("--metric", help="these metrics alone, comma separated")
+    p.add_argument("--draws", type=number(1, 10**6), default=5, help="sets of samples")
+    p.add_argument("--n", type=number(2, 10**9), default=50_000, help="samples, for fid")
+    p.add_argument("--repeats", type=number(1, 10**6), default=1, help="sets of --n, for a spread")
+    p.add_argument("--batch", type=number(1, 10**6), default=250, help="samples made at once")
+    p.add_argument("--reference", help="for Inception: .npz of EDM's fid-refs, or a data set")
+    p.add_argument("--inception-weights", help="torch-fidelity's file (default: downloaded once)")
+    p.add_argument("--prompts", help="text: captions, one to a line (default: the run's)")
+    p.add_argument("--clip-model", default=text.CLIP, help="for clip: hub name or folder")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda")
     args = p.parse_args(argv)
     device = pick_device(args.device)
     cfg, teacher, generator = load_run(args.run, device)
-    wanted, kind = wanted_metrics(args.metric, teacher, cfg.data or teacher.data)
-    if kind == "own" and args.reference:
-        raise UserError(f"--reference is for metrics on Inception features, {', '.join(METRICS)}: give one by --metric, or "
-                        "leave it out")
-    if kind != "own":
-        found = {"inception": inception_rows, "text": text_rows}[kind](cfg, teacher, generator, args, wanted, device)
+    wanted, how = wanted_metrics(args.metric, teacher, cfg.data or teacher.data)
+    if how == "own" and args.reference:
+        raise UserError(f"--reference is for {', '.join(inception.METRICS)}: give one by --metric, "
+                        "or leave it out")
+    if how == "own":
+        data = find_data(cfg, teacher, device)
+        found = report_rows(generator, teacher, data, cfg.method, args.draws, cfg.eval_images)
     else:
-        found = rows(generator, teacher, find_data(cfg, teacher, device), cfg.method, args.draws, cfg.eval_images)
+        rows = inception_rows if how == "inception" else text_rows
+        found = rows(cfg, teacher, generator, args, wanted, device)
     if wrong := [name for name in wanted if name not in found[cfg.method]]:
-        raise UserError(f"{wrong[0]} cannot be measured, as the data of {args.run} is not known: give it by --data when training")
+        raise UserError(f"{wrong[0]} cannot be measured, as the data of {args.run} is not known: "
+                        "give --data when training")
     if wanted:
-        found = {row: {m: v[m] for m in wanted if m in v} for row, v in found.items() if set(wanted) & v.keys()}
-    print(table(found))
+        found = {row: {m: v[m] for m in wanted if m in v} for row, v in found.items()}
+    print(table({row: v for row, v in found.items() if v}))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
     python -m nano_dmd.export RUN --to DIR
 
-    DiffusionPipeline.from_pretrained(DIR)("a red cube", num_inference_steps=1, guidance_scale=0).images[0]
+    DiffusionPipeline.from_pretrained(DIR)("a red cube", num_inference_steps=1, guidance_scale=0)
 
-Students that were fed unit noise (DMD, DMD2) get an LCMScheduler, whose steps are ours: predict x0, noise it again.
-SiD's starts from sigma z at timestep 625, which is one Euler step on the first 626 timesteps of the same schedule.
-A LoRA student is merged into the weights, and written as LoRA weights besides (pytorch_lora_weights.safetensors).
+Students that start from unit noise (DMD, DMD2) get an LCMScheduler, whose steps are ours: predict
+x0, noise it again. SiD's starts from sigma z at timestep 625. That is one Euler step on the first
+626 timesteps of the schedule. A LoRA student is merged into the weights;
+pytorch_lora_weights.safetensors holds it alone.
 """
 
 import shutil
@@ -32,7 +33,8 @@ license: other
 # {steps}-step student of {base}
 
 Distilled by nano_dmd with method `{method}` (preset `{preset}`): {updates} generator updates
-of {batch} prompts, {critics} critic updates each, teacher guidance {guidance}{lora}. No quality was measured by this export.
+of {batch} prompts, {critics} critic updates each, teacher guidance {guidance}{lora}. No quality was
+measured by this export.
 
 ```python
 from diffusers import DiffusionPipeline
@@ -45,35 +47,40 @@ The licence and the terms of use of the base model apply to these weights too.
 
 
 def timesteps(cfg):
-    """The timesteps of the student's steps, descending; raises UserError where a noise level is none of the schedule's."""
+    """The timesteps of the student's steps, descending.  raises UserError if one has none."""
     table, found = sd_sigmas(), []
     for sigma in cfg.sigma_list():
         index = (table / sigma).log().abs().argmin().item()
         if abs(table[index].item() / sigma - 1) > 1e-4:
-            raise UserError(f"sigma {sigma:g} is not a timestep of Stable Diffusion (the nearest, {index}, is {table[index]:g}): "
-                            "diffusers cannot start there; train with --sigmas t999 and the like")
+            raise UserError(f"sigma {sigma:g} is not a timestep of Stable Diffusion (the nearest, "
+                            f"{index}, "
+                            f"is {table[index]:g}): train with --sigmas t999 and the like")
         found.append(index)
     return found
 
 
 def scheduler(cfg, config):
-    """(a diffusers scheduler that samples as the student does, the pipeline call's arguments besides the prompt)."""
+    """(a diffusers scheduler that samples as the student does, arguments of a call)."""
     from diffusers import EulerDiscreteScheduler, LCMScheduler
 
     steps = timesteps(cfg)
     call = f"num_inference_steps={len(steps)}, guidance_scale=0"
     if not cfg.unit_noise:
         if len(steps) > 1:
-            raise UserError("several steps without --unit_noise have no counterpart in diffusers: train them with --unit_noise")
-        betas = torch.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, 1000, dtype=torch.float64) ** 2
-        count = steps[0] + 1
-        shorter = dict(num_train_timesteps=count, trained_betas=betas[:count].tolist(), timestep_spacing="trailing")
-        return EulerDiscreteScheduler.from_config(config, **shorter), call
-    lcm = LCMScheduler.from_config(config, original_inference_steps=len(steps), timestep_spacing="leading", clip_sample=False)
+            raise UserError("several steps without --unit_noise have no counterpart in diffusers: "
+                            "train them with --unit_noise")
+        low, high, count = config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, steps[0] + 1
+        betas = torch.linspace(low, high, 1000, dtype=torch.float64)[:count] ** 2
+        return EulerDiscreteScheduler.from_config(
+            config, num_train_timesteps=count, trained_betas=betas.tolist(),
+            timestep_spacing="trailing"), call
+    lcm = LCMScheduler.from_config(config, original_inference_steps=len(steps),
+                                   timestep_spacing="leading", clip_sample=False)
     lcm.set_timesteps(len(steps))
-    if lcm.timesteps.tolist() != steps:
-        lcm, call = LCMScheduler.from_config(config, clip_sample=False), f"timesteps={steps}, guidance_scale=0"
-    return lcm, call
+    if lcm.timesteps.tolist() == steps:
+        return lcm, call
+    call = f"timesteps={steps}, guidance_scale=0"
+    return LCMScheduler.from_config(config, clip_sample=False), call
 
 
 def lora_weights(unet):
@@ -81,32 +88,38 @@ def lora_weights(unet):
     from peft.utils import get_peft_model_state_dict
 
     scale = unet.peft_config["default"].lora_alpha / unet.peft_config["default"].r
-    return {k: (v * scale if "lora_B" in k else v).contiguous() for k, v in get_peft_model_state_dict(unet).items()}
+    weights = get_peft_model_state_dict(unet)
+    return {k: (v * scale if "lora_B" in k else v).contiguous() for k, v in weights.items()}
 
 
 def export(run, to):
-    """Write the pipeline folder `to`, complete or not at all."""
+    """Write the pipeline folder `to`, complete or not at all; returns arguments of its call."""
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
     from transformers import CLIPTextModel
 
     cfg, teacher, generator = load_run(run)
     if teacher.kind != "text" or teacher.recipe["source"] in RANDOM:
-        raise UserError(f"{run} is a student of {cfg.teacher}: only those of a Stable Diffusion pipeline can be exported")
+        raise UserError(f"{run} is a student of {cfg.teacher}: only those of a Stable Diffusion "
+                        "pipeline can be exported")
     if Path(to).exists():
         raise UserError(f"{to} exists already: give --to a folder that does not")
     source, unet = teacher.recipe["source"], generator.net.net.unet
-    steps, call = scheduler(cfg, dict(DDPMScheduler.from_config(hub.noise_table(source).config).config))
+    table = DDPMScheduler.from_config(hub.noise_table(source).config)
+    steps, call = scheduler(cfg, dict(table.config))
+    parent = Path(to).absolute().parent
     try:
-        Path(to).absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=Path(to).absolute().parent, prefix=".export-", suffix=".tmp") as tmp:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent, prefix=".export-", suffix=".tmp") as tmp:
             new = Path(tmp) / "new"
             if cfg.lora_generator:
                 StableDiffusionPipeline.save_lora_weights(new, unet_lora_layers=lora_weights(unet))
                 unet.fuse_lora()
                 unet.unload_lora()
-            others = dict(vae=part(AutoencoderKL, source, "vae"), text_encoder=part(CLIPTextModel, source, "text_encoder"))
-            whole = StableDiffusionPipeline.from_pretrained(**hub.source(source), unet=unet, scheduler=steps, **others)
-            whole.save_pretrained(new)
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                **hub.source(source), unet=unet, scheduler=steps,
+                vae=part(AutoencoderKL, source, "vae"),
+                text_encoder=part(CLIPTextModel, source, "text_encoder"))
+            pipeline.save_pretrained(new)
             (new / "README.md").write_text(card(cfg, source, Path(to).name, call), encoding="utf-8")
             shutil.move(new, to)
     except OSError as e:
@@ -115,9 +128,11 @@ def export(run, to):
 
 
 def card(cfg, source, folder, call):
+    """The model card of a student."""
     lora = f", LoRA of rank {cfg.lora_generator}" if cfg.lora_generator else ""
-    return CARD.format(base=source, steps=len(cfg.sigma_list()), method=cfg.method, preset=cfg.preset, updates=cfg.steps,
-                       batch=cfg.batch, critics=cfg.critic_steps, guidance=cfg.guidance, lora=lora, folder=folder, call=call)
+    return CARD.format(base=source, steps=len(cfg.sigma_list()), method=cfg.method,
+                       preset=cfg.preset, updates=cfg.steps, batch=cfg.batch, critics=cfg.critic_steps,
+                       guidance=cfg.guidance, lora=lora, folder=folder, call=call)
 
 
 def main(argv=None):
@@ -128,7 +143,8 @@ def main(argv=None):
     try:
         call = export(args.run, args.to)
     except ImportError as e:
-        raise UserError(f'export needs more packages ({first_line(e)}): pip install "nano_dmd[sd]"') from e
+        raise UserError(f'export needs more packages ({first_line(e)}): pip install '
+                        '"nano_dmd[sd]"') from e
     print(f"{args.to} is written; sample it with")
     print(f'    DiffusionPipeline.from_pretrained({args.to!r})("a red cube", {call}).images[0]')
 

@@ -1,6 +1,7 @@
 """Draw samples from a finished run: numbers as .npy, pictures as .png.
 
-    python -m nano_dmd.sample RUN --n 64 --out grid.png [--class 3 | --prompt "a red cube"] [--seed 0]
+    python -m nano_dmd.sample RUN --n 64 --out grid.png [--class 3 | --prompt "a red cube"] [--seed
+    0]
 """
 
 import io
@@ -17,37 +18,45 @@ from nano_dmd.engine.find import find_prompts
 from nano_dmd.engine.machine import pick_device
 from nano_dmd.engine.runs import load_run
 from nano_dmd.metrics.sets import in_batches
-from nano_dmd.teachers.text_to_image import Prompts
 
 
 def sample(folder, n, label=None, seed=0, device="cpu", prompt=None):
     """(n, *S) samples of the averaged generator on the CPU; classes in turn unless label picks one.
 
-    Of a Stable Diffusion student: images for prompt, else for the prompts it was trained on, in turn.
+    Of a Stable Diffusion student: images for prompt, else for the prompts it was trained on, in
+    turn.
     """
     cfg, teacher, generator = load_run(folder, device)
+    rng = torch.Generator().manual_seed(seed)
+    z = torch.randn(len(generator.sigmas), n, *teacher.shape, generator=rng).to(device)
     if teacher.kind == "text":
         if label is not None:
-            raise UserError(f"--class {label}: {folder} is a student of Stable Diffusion, which has no classes; give --prompt")
-        return sample_text(cfg, teacher, generator, n, seed, device, prompt)
+            raise UserError(f"--class {label}: {folder} is told by prompts, give --prompt")
+        return sample_text(cfg, teacher, generator, z, prompt)
     if prompt is not None:
-        raise UserError(f"--prompt: {folder} is no student of Stable Diffusion; it takes --class or nothing")
+        raise UserError(f"--prompt: {folder} is no student of Stable Diffusion; give --class or "
+                        "nothing")
     if label is not None and not 0 <= label < teacher.classes:
         raise UserError(f"--class {label}: this run has {teacher.classes} classes, counted from 0")
-    rng, cond = torch.Generator().manual_seed(seed), None
+    cond = None
     if teacher.classes:
-        cond = (torch.arange(n) % teacher.classes if label is None else torch.full((n,), label)).to(device)
-    z = torch.randn(len(generator.sigmas), n, *teacher.shape, generator=rng).to(device)
+        every = torch.arange(n) % teacher.classes
+        cond = (every if label is None else torch.full((n,), label)).to(device)
     return in_batches(generator, z, cond, 500).cpu()
 
 
 @torch.no_grad()
-def sample_text(cfg, teacher, generator, n, seed, device, prompt=None):
-    """(n, 3, H, W) images in [-1, 1], one at a time; latents where the teacher has no decoder."""
-    prompts = Prompts(teacher.recipe["source"], [prompt]) if prompt is not None else find_prompts(cfg, teacher)
-    z = torch.randn(len(generator.sigmas), n, *teacher.shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    cond = [prompts[torch.tensor([i % len(prompts)])].to(device) for i in range(n)]
-    x = torch.cat([generator(z[:, i : i + 1], cond[i]) for i in tqdm(range(n), "sampling", disable=n < 8)])
+def sample_text(cfg, teacher, generator, z, prompt=None):
+    """(n, 3, H, W) images in [-1, 1] of z (k, n, *S), one by one; latents without a decoder."""
+    from nano_dmd.teachers.text_to_image import Prompts
+
+    n, prompts = z.shape[1], find_prompts(cfg, teacher) if prompt is None else None
+    prompts = prompts or Prompts(teacher.recipe["source"], [prompt])
+    x = []
+    for i in tqdm(range(n), "sampling", disable=n < 8):
+        cond = prompts[torch.tensor([i % len(prompts)])].to(z.device)
+        x.append(generator(z[:, i : i + 1], cond))
+    x = torch.cat(x)
     return (teacher.decode(x) if teacher.decode else x).cpu()
 
 
@@ -55,9 +64,10 @@ def main(argv=None):
     p = parser("python -m nano_dmd.sample", __doc__)
     p.add_argument("run", help="a run folder")
     p.add_argument("--n", type=number(1, 10**7), default=64, help="number of samples")
-    p.add_argument("--out", default="samples.png", help=".png for people, .npy for numbers (float32, images in [-1, 1])")
-    p.add_argument("--class", dest="label", type=number(0, 10**6), help="one class instead of all in turn")
-    p.add_argument("--prompt", help="what to paint, for students of Stable Diffusion (default: the prompts it was trained on)")
+    p.add_argument("--out", default="samples.png", help=".png for people, .npy for numbers")
+    p.add_argument("--class", dest="label", type=number(0, 10**6), help="one class, not all in "
+                                                                        "turn")
+    p.add_argument("--prompt", help="for text to image (default: the prompts of the training)")
     p.add_argument("--seed", type=number(0, 2**63 - 1), default=0, help="same seed, same samples")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda")
     args = p.parse_args(argv)
@@ -66,9 +76,11 @@ def main(argv=None):
         raise UserError(f"--out {args.out}: the name must end in .png or .npy")
     x = sample(args.run, args.n, args.label, args.seed, pick_device(args.device), args.prompt)
     if not x.isfinite().all():
-        raise UserError(f"{args.run} makes samples that are not finite: its weights are damaged, or its training went astray")
+        raise UserError(f"{args.run} makes samples that are not finite: its weights are damaged, "
+                        "or its training diverged")
     if kind == ".png":
-        pictures.save_picture(args.out, pictures.tile(x, min(10, args.n), scale=1 if x.shape[-1] > 64 else 4))
+        scale = 1 if x.shape[-1] > 64 else 4
+        pictures.save_picture(args.out, pictures.tile(x, min(10, args.n), scale))
     else:
         buffer = io.BytesIO()
         np.save(buffer, x.numpy())

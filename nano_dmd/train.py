@@ -121,9 +121,10 @@ def finish(cfg, teacher, nets, draw, progress, seconds, processes):
     progress.save_samples(nets.ema, progress.out / "samples.png", beside_teacher=True)
     rows = control_row(cfg) if processes == 1 else {}
     if teacher.kind == "text":
-        rows |= evaluate.latent_rows(nets, teacher, draw, cfg)
+        rows |= evaluate.latent_rows(nets, draw, cfg)
     else:
-        rows |= evaluate.rows(nets.ema, teacher, draw.data, cfg.method, images=cfg.eval_images)
+        rows |= evaluate.report_rows(nets.ema, teacher, draw.data, cfg.method,
+                                     n=cfg.eval_images)
     parallel.close()
     if not progress.writes:
         return None

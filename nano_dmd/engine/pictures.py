@@ -1,4 +1,4 @@
-"""Pictures for people: PNG grids of images and density maps of 2D points, with torchvision alone."""
+"""Pictures for people: PNG grids of images, density maps of 2D points."""
 
 import io
 
@@ -7,49 +7,52 @@ import torch.nn.functional as F
 
 from nano_dmd.engine.files import write_atomic
 
+SCORES = ("x", "xt", "d_real", "d_fake", "gradient")              # pictures of score_grid
+
 
 def density(x, size=256, extent=1.2):
-    """2D points (N, 2) -> (3, size, size) histogram in [0, 1]: white paper, dark where samples are dense."""
+    """2D points (N, 2) -> (3, size, size) in [0, 1]: white paper, dark where samples are dense."""
     x = x.detach().float().cpu()
     index = ((x + extent) / (2 * extent) * size).long()
     index = index[((index >= 0) & (index < size)).all(1)]
-    counts = torch.bincount((size - 1 - index[:, 1]) * size + index[:, 0], minlength=size * size).view(size, size)
+    cell = (size - 1 - index[:, 1]) * size + index[:, 0]
+    counts = torch.bincount(cell, minlength=size * size).view(size, size)
     ink = 1 - torch.exp(-counts * (size * size / 40) / max(len(x), 1))
     return 1 - ink * torch.tensor([0.9, 0.65, 0.2])[:, None, None]
 
 
 def tile(x, columns, scale=4):
-    """Images (N, C, H, W) in [-1, 1], or points (N, 2), -> one picture (3, H', W') in [0, 1]; of latents, three channels.
+    """Images (N, C, H, W) in [-1, 1], or points (N, 2), -> one picture (3, H', W') in [0, 1].
 
-    Two channels are shown as red and green.
+    Of latents three channels are shown, of two channels red and green.
     """
     if x.ndim == 2:
         return density(x)
     if x.shape[1] == 2:
         x = F.pad(x, (0, 0, 0, 0, 0, 1), value=-1.0)
-    from torchvision.utils import make_grid                       # not at the top: half the time that --help takes
+    from torchvision.utils import make_grid        # not at the top: half the time that --help takes
 
-    grid = make_grid((x[:, :3].detach().float().cpu().clamp(-1, 1) + 1) / 2, columns, padding=1, pad_value=0.5)
+    images = (x[:, :3].detach().float().cpu().clamp(-1, 1) + 1) / 2
+    grid = make_grid(images, columns, padding=1, pad_value=0.5)
     return grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-
-SHOWN = ("x", "xt", "d_real", "d_fake", "gradient")
 
 
 def score_grid(rows, scale=4):
-    """What the scores see, one row of images for each noise level: [(x, xt, d_real, d_fake, g), ...] -> (3, H', W').
+    """What the scores see, a row per noise level: [(x, xt, d_real, d_fake, g), ...] -> picture.
 
-    Each is (n, C, H, W); samples stand side by side, the five pictures SHOWN of each. xt is shown over its own range, the
-    gradient g around grey, over three of its standard deviations.
+    Each is (n, C, H, W); the five pictures of a sample stand side by side.  xt is shown over its
+    own range, the gradient g around grey, over three of its standard deviations.
     """
-    def shown(x, xt, d_real, d_fake, g):
-        xt, g = xt / xt.abs().amax((1, 2, 3), keepdim=True), g / (3 * g.std((1, 2, 3), keepdim=True) + 1e-12)
-        return torch.stack([x, xt, d_real, d_fake, g], 1).flatten(0, 1)               # (5 n, C, H, W)
+    def five(x, xt, d_real, d_fake, g):
+        xt = xt / xt.abs().amax((1, 2, 3), keepdim=True)
+        g = g / (3 * g.std((1, 2, 3), keepdim=True) + 1e-12)
+        return torch.stack([x, xt, d_real, d_fake, g], 1).flatten(0, 1)        # (5 n, C, H, W)
 
-    return tile(torch.cat([shown(*row) for row in rows]), columns=len(SHOWN) * len(rows[0][0]), scale=scale)
+    return tile(torch.cat([five(*row) for row in rows]), len(SCORES) * len(rows[0][0]), scale)
 
 
 def labelled(picture, rows, columns, left=64, top=20):
-    """picture (3, H, W) in [0, 1] -> (3, top + H, left + W): a name beside each of its rows, one above each of its columns."""
+    """picture (3, H, W) with a name beside each of its rows and above each of its columns."""
     from PIL import ImageDraw
     from torchvision.transforms.functional import to_tensor
 
@@ -73,7 +76,7 @@ def save_picture(path, *panels):
 
 
 def to_pil(picture):
-    """A PIL image of (3, H, W) in [0, 1], rounded to the nearest of 256 levels; torchvision would cut."""
+    """A PIL image of (3, H, W) in [0, 1], rounded to the nearest of 256 levels."""
     from PIL import Image
 
     return Image.fromarray((picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())

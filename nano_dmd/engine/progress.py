@@ -120,7 +120,7 @@ class Progress:
         if self.writes:
             grid = pictures.score_grid(seen, scale=max(1, 64 // x.shape[-1]))
             names = [f"sigma {level}" for level in LEVELS]
-            pictures.save_picture(path, pictures.labelled(grid, names, pictures.SHOWN * len(x)))
+            pictures.save_picture(path, pictures.labelled(grid, names, pictures.SCORES * len(x)))
 
 
 def flatten(record, prefix=""):
