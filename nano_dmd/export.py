@@ -131,7 +131,8 @@ def card(cfg, source, folder, call):
     """The model card of a student."""
     lora = f", LoRA of rank {cfg.lora_generator}" if cfg.lora_generator else ""
     return CARD.format(base=source, steps=len(cfg.sigma_list()), method=cfg.method,
-                       preset=cfg.preset, updates=cfg.steps, batch=cfg.batch, critics=cfg.critic_steps,
+                       preset=cfg.preset, updates=cfg.steps, batch=cfg.batch,
+                       critics=cfg.critic_steps,
                        guidance=cfg.guidance, lora=lora, folder=folder, call=call)
 
 

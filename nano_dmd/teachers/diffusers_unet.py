@@ -1,4 +1,4 @@
-"""What other libraries bring: diffusers' image models as teachers, and the perceptual distance of DMD's regression."""
+"""What diffusers brings: models in pixels as teachers, safe loading of pipelines, LPIPS."""
 
 import functools
 import os
@@ -10,32 +10,35 @@ from torch import nn
 
 from nano_dmd.denoiser import FromEps, FromV
 from nano_dmd.engine.cache import fingerprint
-from nano_dmd.engine.files import UserError, first_line, read_json
+from nano_dmd.engine.files import UserError, blame, first_line, read_json
 
-# What samples models that predict eps or v from timesteps of a variance-preserving table, alphas_cumprod.
-SCHEDULERS = ("DDPM", "DDIM", "PNDM", "DDPMParallel", "DDIMParallel", "LMSDiscrete", "EulerDiscrete", "EulerAncestralDiscrete",
-              "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverMultistep", "DPMSolverSinglestep",
-              "DEISMultistep", "UniPCMultistep")
-
-PIPELINES = ("", "DDPMPipeline", "DDIMPipeline", "PNDMPipeline")   # of UNet2DModels in pixels; "" = a model without one
+# Schedulers of models that predict eps or v at timesteps of a variance-preserving table.
+SCHEDULERS = (
+    "DDPM", "DDIM", "PNDM", "DDPMParallel", "DDIMParallel", "LMSDiscrete", "EulerDiscrete",
+    "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete",
+    "DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep")
+PIPELINES = ("", "DDPMPipeline", "DDIMPipeline", "PNDMPipeline")  # "" = a model without one
+PREDICTS = {"epsilon": FromEps, "v_prediction": FromV}
 
 
 @functools.lru_cache
 def on_the_hub(name):
-    """(what from_pretrained takes, the commit) of a hub name: asked for once, and not for half a minute.
+    """(what from_pretrained takes, the commit) of a hub name, which is asked for once.
 
-    raises UserError if the hub has no such model, or cannot be asked and left no copy here
+    raises UserError if it has no such model, or cannot be asked and left no copy here
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
         return name, HfApi().model_info(name, timeout=10).sha
-    except Exception as e:                                        # no network, no model, no permission: no common base class
-        copies = [try_to_load_from_cache(name, file) for file in ("model_index.json", "config.json")]
-        for copy in (c for c in copies if isinstance(c, str)):
-            return str(Path(copy).parent), Path(copy).parent.name
-        raise UserError(f"no model {name}: there is no such folder here, and the hub does not give it ({first_line(e)}); "
-                        "check the name and the network, or give a local folder of a diffusers pipeline") from e
+    except Exception as e:                         # network, name, permission: no common base class
+        for file in ("model_index.json", "config.json"):
+            copy = try_to_load_from_cache(name, file)
+            if isinstance(copy, str):
+                return str(Path(copy).parent), Path(copy).parent.name
+        raise UserError(f"no model {name}: there is no such folder here, and the hub does not give "
+                        f"it ({first_line(e)}); check the name and the network, or give a local "
+                        "folder of a diffusers pipeline") from e
 
 
 def source(name):
@@ -43,14 +46,16 @@ def source(name):
     if Path(name).is_dir():
         return dict(pretrained_model_name_or_path=name)
     place, commit = on_the_hub(name)
-    return dict(pretrained_model_name_or_path=place, **({"revision": commit} if place == name else {}))
+    revision = {"revision": commit} if place == name else {}
+    return dict(pretrained_model_name_or_path=place, **revision)
 
 
 def version(name, *parts):
-    """What changes when (parts of) a model does: a fingerprint of its files, or its commit on the hub."""
+    """What changes when (parts of) a model does: a fingerprint of its files, or its commit."""
     if not Path(name).is_dir():
         return on_the_hub(name)[1]
-    return fingerprint(*([os.path.join(name, p) for p in parts if os.path.isdir(os.path.join(name, p))] or [name]))
+    folders = [os.path.join(name, p) for p in parts if os.path.isdir(os.path.join(name, p))]
+    return fingerprint(*(folders or [name]))
 
 
 def index_of(name):
@@ -58,17 +63,17 @@ def index_of(name):
     if Path(name).is_dir():
         path = Path(name) / "model_index.json"
         return read_json(path, {"_class_name": str}) if path.is_file() else {}
-    place = source(name)                                          # complains before a slow import
+    place = source(name)                           # complains before a slow import
     from diffusers import DiffusionPipeline
 
     try:
         return DiffusionPipeline.load_config(**place)
-    except OSError:                                               # the hub has the model, and this file is not in it
+    except OSError:                                # the hub has the model, this file is not in it
         return {}
 
 
 class DiffusersUNet(nn.Module):
-    """A UNet2DModel under our signature net(x_vp, t, cond); None and -1 are not known to it as "no class"."""
+    """A UNet2DModel as net(x_vp, t, cond); None and -1 do not mean "no class" to it."""
 
     def __init__(self, unet):
         super().__init__()
@@ -78,7 +83,7 @@ class DiffusersUNet(nn.Module):
         return self.unet(x, t, class_labels=cond).sample
 
     def features(self, x, t, cond=None):
-        """The activations (B, C, h, w) between encoder and decoder: the first half of UNet2DModel.forward."""
+        """The activations (B, C, h, w) of the middle: the first half of UNet2DModel.forward."""
         unet = self.unet
         emb = unet.time_embedding(unet.time_proj(t).to(x.dtype))
         if unet.class_embedding is not None:
@@ -86,7 +91,7 @@ class DiffusersUNet(nn.Module):
         skip = 2 * x - 1 if unet.config.center_input_sample else x
         h = unet.conv_in(skip)
         for block in unet.down_blocks:
-            if hasattr(block, "skip_conv"):                       # of NCSN++
+            if hasattr(block, "skip_conv"):        # of NCSN++
                 h, _, skip = block(hidden_states=h, temb=emb, skip_sample=skip)
             else:
                 h = block(hidden_states=h, temb=emb)[0]
@@ -94,49 +99,54 @@ class DiffusersUNet(nn.Module):
 
 
 def denoiser_from_config(unet, alphas_cumprod, prediction_type):
-    """The untrained Denoiser that convert recorded: UNet2DModel's config, the noise table, epsilon or v_prediction."""
+    """The untrained Denoiser of a recipe: UNet2DModel's config, noise table, what it predicts."""
     from diffusers import UNet2DModel
 
-    kinds = {"epsilon": FromEps, "v_prediction": FromV}
-    return kinds[prediction_type](DiffusersUNet(UNet2DModel.from_config(unet)), torch.tensor(alphas_cumprod, dtype=torch.float64))
+    net = DiffusersUNet(UNet2DModel.from_config(unet))
+    return PREDICTS[prediction_type](net, torch.tensor(alphas_cumprod, dtype=torch.float64))
 
 
 def converted(name):
-    """(Denoiser, recipe) of a diffusers pipeline in pixels (hub name or folder), for zoo.save_teacher.
+    """(Denoiser, recipe) of a diffusers pipeline in pixels, for zoo.save_teacher.
 
     raises UserError if there is no such pipeline, or none that can be a teacher
     """
     from diffusers import UNet2DModel
 
     index = index_of(name)
-    others = [k for k, v in index.items() if isinstance(v, (list, tuple)) and any(v) and k not in ("unet", "scheduler")]
-    if index.get("_class_name", "") not in PIPELINES or others:
-        raise UserError(f"{name} is a {index.get('_class_name')}{' with ' * bool(others)}{', '.join(others)}: teachers here are "
-                        f"{', '.join(filter(None, PIPELINES))} with a UNet2DModel in pixels, or Stable Diffusion 1 and 2")
+    kind = index.get("_class_name", "")
+    others = [k for k, v in index.items() if k not in ("unet", "scheduler")
+              and isinstance(v, (list, tuple)) and any(v)]
+    if kind not in PIPELINES or others:
+        raise UserError(f"{name} is a {kind} {' '.join(others)}: teachers here are DDPM, DDIM or "
+                        "PNDM pipelines with a UNet2DModel in pixels, or Stable Diffusion 1 and 2")
     scheduler, unet = noise_table(name), part(UNet2DModel, name, "unet")
     config, side = dict(unet.config), square(unet.config["sample_size"])
-    halvings = sum(bool(getattr(b, "downsamplers", None) or getattr(b, "resnet_down", None)) for b in unet.down_blocks)
-    if config["in_channels"] != config["out_channels"] or not 0 < side <= 4096 or side % 2**halvings:
-        raise UserError(f"{name} maps {config['in_channels']} channels of {config['sample_size']} pixels to "
-                        f"{config['out_channels']}: not a model of square images")
+    halved = [getattr(b, "downsamplers", None) or getattr(b, "resnet_down", None)
+              for b in unet.down_blocks]
+    fits = 0 < side <= 4096 and side % 2 ** sum(map(bool, halved)) == 0
+    if config["in_channels"] != config["out_channels"] or not fits:
+        raise UserError(f"{name} maps {config['in_channels']} channels of {config['sample_size']} "
+                        f"pixels to {config['out_channels']}: not a model of square images")
     if config["time_embedding_type"] == "fourier" or config["class_embed_type"]:
-        raise UserError(f"{name} has time_embedding_type {config['time_embedding_type']} and class_embed_type "
-                        f"{config['class_embed_type']}: networks told of noise levels, or of classes as numbers or vectors, are "
-                        "not supported")
-    args = dict(unet={k: v for k, v in config.items() if not k.startswith("_")}, prediction_type=scheduler.config.prediction_type,
-                alphas_cumprod=scheduler.alphas_cumprod.double().tolist())
+        raise UserError(f"{name} is told noise levels by {config['time_embedding_type']} and "
+                        f"classes by {config['class_embed_type']} embedding: not supported")
+    args = dict(unet={k: v for k, v in config.items() if not k.startswith("_")},
+                alphas_cumprod=scheduler.alphas_cumprod.double().tolist(),
+                prediction_type=scheduler.config.prediction_type)
     denoiser = denoiser_from_config(**args)
-    if denoiser.sigmas[-1] < 5:                                   # samples begin with pure noise
-        raise UserError(f"the noise of {name} ends at sigma {denoiser.sigmas[-1]:.3g}, where images still show: it cannot be a "
-                        "teacher here")
+    if denoiser.sigmas[-1] < 5:                    # samples begin with pure noise
+        raise UserError(f"the noise of {name} ends at sigma {denoiser.sigmas[-1]:.3g}, where "
+                        "images "
+                        "still show: it cannot be a teacher here")
     denoiser.net.unet.load_state_dict(unet.state_dict())
-    shape, classes = [config["in_channels"], side, side], config.get("num_class_embeds") or 0
-    return denoiser, dict(network="diffusers", args=args, sigma_data=0.5, bf16=False, shape=shape, classes=classes,
-                                        data="", seconds=0, cpu_seconds=0)
+    return denoiser, dict(network="diffusers", args=args, sigma_data=0.5, bf16=False, data="",
+                          shape=[config["in_channels"], side, side], seconds=0, cpu_seconds=0,
+                          classes=config.get("num_class_embeds") or 0)
 
 
 def square(size):
-    """Pixels a side by diffusers' sample_size, a number or a pair of equal ones; 0 if it is neither."""
+    """Pixels a side by diffusers' sample_size, a number or a pair of equal ones; 0 if neither."""
     sides = set(size) if isinstance(size, (list, tuple)) else {size}
     return sides.pop() if len(sides) == 1 and all(type(n) is int and n > 0 for n in sides) else 0
 
@@ -144,73 +154,78 @@ def square(size):
 def noise_table(name):
     """The scheduler of a pipeline, which has alphas_cumprod.
 
-    raises UserError unless its class and settings say that the network predicts eps or v at the timesteps of that table;
-    with any other, the same inputs would mean something else to the network
+    raises UserError unless its class and settings say that the network predicts eps or v at the
+    timesteps of that table.  Under another scheduler the same inputs mean something else.
     """
     import diffusers
 
     config = None
-    for where in ({"subfolder": "scheduler"}, {}):
-        try:
-            config = config or diffusers.DDPMScheduler.load_config(**source(name), **where)
-        except Exception as e:                                    # hub, network, json: no common base class
-            problem = first_line(e)
-    if not isinstance(config, dict):
-        problem = problem if config is None else "its config is no table"
-        raise UserError(f"cannot load the scheduler of {name}: {problem}; without one nobody knows what its network predicts")
+    with blame("cannot load the scheduler of "
+               f"{name}", "without one nobody knows what its network "
+                                                       "predicts"):
+        for where in ({"subfolder": "scheduler"}, {}):
+            try:
+                config = config or diffusers.DDPMScheduler.load_config(**source(name), **where)
+            except Exception as e:
+                problem = e
+        if config is None:
+            raise problem
+        if not isinstance(config, dict):
+            raise ValueError("its config is no table")
     kind = str(config.get("_class_name", "")).removesuffix("Scheduler")
     odd = [k for k in ("use_flow_sigmas", "rescale_betas_zero_snr") if config.get(k)]
     if config.get("timestep_type", "discrete") != "discrete":
         odd.append("timestep_type")
     predicted = config.get("prediction_type", "epsilon")
-    if kind not in SCHEDULERS or odd or predicted not in ("epsilon", "v_prediction"):
-        raise UserError(f"{name} predicts {predicted!r} and is sampled by {kind or 'no '}Scheduler{' with ' * bool(odd)}"
-                        f"{', '.join(odd)}: teachers here predict epsilon or v_prediction at the timesteps of a DDPM, DDIM, PNDM "
-                        "or other variance-preserving schedule that ends with some signal")
-    try:
+    if kind not in SCHEDULERS or odd or predicted not in PREDICTS:
+        raise UserError(f"{name} predicts {predicted!r} and is sampled by {kind or 'no '}Scheduler "
+                        f"{' '.join(odd)}: teachers here predict epsilon or v_prediction at the "
+                        "timesteps of a DDPM, DDIM, PNDM or other variance-preserving schedule")
+    with blame(f"cannot use the scheduler of {name}"):
         scheduler = getattr(diffusers, f"{kind}Scheduler").from_config(config)
         abar = scheduler.alphas_cumprod
-        right = ((abar > 0) & (abar < 1)).all() and (abar.diff() < 0).all()
-    except Exception as e:
-        raise UserError(f"cannot use the scheduler of {name}: {first_line(e)}") from e
-    if not right:
-        raise UserError(f"the noise of {name}'s scheduler does not rise from little to much: it cannot be a teacher")
+        if not ((abar > 0) & (abar < 1)).all() or not (abar.diff() < 0).all():
+            raise ValueError("its noise does not rise from little to much")
     return scheduler
 
 
 def part(kind, name, subfolder, wanted="diffusers pipeline with a UNet2DModel"):
-    """kind.from_pretrained of a pipeline's subfolder, or of a bare model's own folder; a network in float32, complete and finite.
+    """kind.from_pretrained of a pipeline's subfolder, or of a bare model's own folder.
 
-    Weights that are there as variant "fp16" alone are taken.  raises UserError asking for a `wanted`
+    A network comes in float32, complete and finite.  Weights in variant "fp16" alone are taken.
+    raises UserError asking for a `wanted`
     """
     network, problems = issubclass(kind, nn.Module), []
     for variant in (None, "fp16") if network else (None,):
         for where in ({"subfolder": subfolder}, {}):
             more = dict(variant=variant, output_loading_info=True) if network else {}
             try:
-                declared = kind.load_config(**source(name), **where).get("_class_name") if hasattr(kind, "load_config") else None
+                declared = None
+                if hasattr(kind, "load_config"):
+                    declared = kind.load_config(**source(name), **where).get("_class_name")
                 if declared not in (None, kind.__name__):
                     raise UserError(f"the {subfolder} of {name} is a {declared}: give a {wanted}")
                 found = kind.from_pretrained(**source(name), **where, **more)
             except UserError:
                 raise
-            except Exception as e:                                # hub, network, json, weights: no common base class
+            except Exception as e:                 # hub, network, json, weights
                 problems.append(first_line(e))
                 continue
             return complete(*found, f"the {subfolder} of {name}") if network else found
-    raise UserError(f"cannot load the {subfolder} of {name}: {problems[0]}; give a {wanted}, on the hub (needs a network "
-                    "the first time) or as a local folder")
+    raise UserError(f"cannot load the {subfolder} of {name}: {problems[0]}; give a {wanted}, on "
+                    "the hub (needs a network the first time) or as a local folder")
 
 
 def complete(model, info, what):
-    """A network just read, in float32.  raises UserError unless all its weights were in the file, no others, all finite."""
+    """A network just read, in float32.  raises UserError unless all weights came, finite."""
     absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    strange = sorted(map(str, info["unexpected_keys"])) if type(model).__module__.startswith("diffusers") else []
+    ours = type(model).__module__.startswith("diffusers")
+    strange = sorted(map(str, info["unexpected_keys"])) if ours else []
     if absent or strange:
-        why = [f"it has no {name}" for name in absent[:1]] + [f"it has an unknown {name}" for name in strange[:1]]
+        why = f"it has no {absent[0]}" if absent else f"it has an unknown {strange[0]}"
         if strange and strange[0].startswith(("module.", "_orig_mod.")):
-            why.append("so a wrapped network was saved: save the one inside")
-        raise UserError(f"{what} is no {type(model).__name__} as its config describes: {', '.join(why)}")
+            why += ", so a wrapped network was saved: save the one inside"
+        raise UserError(f"{what} is no {type(model).__name__} as its config describes: {why}")
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             raise UserError(f"{what} is damaged: {name} holds a number that is not finite")
@@ -218,20 +233,22 @@ def complete(model, info, what):
 
 
 def lpips(device, decode=None):
-    """distance(a, b) -> (B,): LPIPS with VGG, as DMD measures its regression (appendix B), by the same library, piq.
+    """distance(a, b) -> (B,): LPIPS with VGG, DMD's regression (appendix B), by piq as there.
 
-    Of images in [-1, 1], bilinearly upsampled to 224 pixels; or of latents, at the size of the images that decode makes of
-    them.  raises UserError if piq or its weights are missing.
+    Of images in [-1, 1], upsampled to 224 pixels; or of latents, at the size of the images that
+    decode makes of them.  raises UserError if piq or its weights are missing
     """
     try:
         import piq
 
         distance = piq.LPIPS(reduction="none").to(device).requires_grad_(False)
     except ImportError as e:
-        raise UserError(f'--reg_loss lpips needs piq ({e}): pip install "nano_dmd[eval]", or use --reg_loss l2') from e
-    except OSError as e:                                          # the weights are downloaded once, 528 MB
-        raise UserError(f"--reg_loss lpips cannot download VGG's weights ({first_line(e)}): put vgg16-397923af.pth and "
-                        f"lpips_weights.pt into {torch.hub.get_dir()}/checkpoints, or use --reg_loss l2") from e
+        raise UserError(f'--reg_loss lpips needs piq ({e}): pip install "nano_dmd[eval]", or use '
+                        "--reg_loss l2") from e
+    except OSError as e:                           # the weights are downloaded once, 528 MB
+        raise UserError(f"--reg_loss lpips cannot download VGG's weights ({first_line(e)}): put "
+                        "vgg16-397923af.pth and lpips_weights.pt into "
+                        f"{torch.hub.get_dir()}/checkpoints, or use --reg_loss l2") from e
 
     def seen(x):
         if decode:

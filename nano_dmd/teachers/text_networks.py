@@ -1,18 +1,19 @@
-"""TODO."""
+"""Networks that are told by text what to show."""
 
 from torch import nn
 
-# Networks of the published sizes with random weights and made-up embeddings: to measure speed and memory, nothing else.
+# Networks of the published sizes with random weights: to measure speed and memory, nothing else.
 RANDOM = {
     "random:sd15": dict(sample_size=64, cross_attention_dim=768),
-    "random:tiny": dict(sample_size=8, cross_attention_dim=32, block_out_channels=(32, 64), layers_per_block=1,
-                        attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-                        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")),
+    "random:tiny": dict(
+        sample_size=8, cross_attention_dim=32, block_out_channels=(32, 64), layers_per_block=1,
+        attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")),
 }
 
 
 class TextUNet(nn.Module):
-    """A UNet2DConditionModel under our signature net(x_vp, t, cond); empty (1, T, C) is the empty prompt's embedding."""
+    """A UNet2DConditionModel as net(x_vp, t, cond); empty (1, T, C) stands for cond None."""
 
     def __init__(self, unet, empty):
         super().__init__()
@@ -26,11 +27,12 @@ class TextUNet(nn.Module):
         return self.unet(x, t, encoder_hidden_states=self.text(cond, x)).sample
 
     def features(self, x, t, cond=None):
-        """The activations (B, C, h, w) between encoder and decoder: the first half of UNet2DConditionModel.forward."""
+        """The activations (B, C, h, w) of the middle: half of UNet2DConditionModel.forward."""
         unet, text = self.unet, {"encoder_hidden_states": self.text(cond, x)}
         emb, h = unet.time_embedding(unet.get_time_embed(x, t)), unet.conv_in(x)
         for block in unet.down_blocks:
-            h = block(hidden_states=h, temb=emb, **(text if getattr(block, "has_cross_attention", False) else {}))[0]
+            more = text if getattr(block, "has_cross_attention", False) else {}
+            h = block(hidden_states=h, temb=emb, **more)[0]
         return h if unet.mid_block is None else unet.mid_block(h, emb, **text)
 
     @property
@@ -39,4 +41,7 @@ class TextUNet(nn.Module):
 
     @checkpointing.setter
     def checkpointing(self, on):
-        self.unet.enable_gradient_checkpointing() if on else self.unet.disable_gradient_checkpointing()
+        if on:
+            self.unet.enable_gradient_checkpointing()
+        else:
+            self.unet.disable_gradient_checkpointing()
