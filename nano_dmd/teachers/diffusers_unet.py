@@ -160,9 +160,7 @@ def noise_table(name):
     import diffusers
 
     config = None
-    with blame("cannot load the scheduler of "
-               f"{name}", "without one nobody knows what its network "
-                                                       "predicts"):
+    with blame(f"cannot load the scheduler of {name}", "it says what the network predicts"):
         for where in ({"subfolder": "scheduler"}, {}):
             try:
                 config = config or diffusers.DDPMScheduler.load_config(**source(name), **where)

@@ -139,7 +139,7 @@ def test_other_peoples_small_grey_sets_are_not_the_digits():
     rng = np.random.default_rng(0)
     mine = data.TensorData(torch.from_numpy(rng.integers(0, 256, (20, 1, 8, 8), dtype=np.uint8)), torch.arange(20) % 10)
     assert not is_digits(mine) and is_digits(data.load_digits())
-    assert set(evaluate.measure(lambda z, cond: 0 * z[0], mine, 1, images=20)) == set(evaluate.OTHERS)
+    assert set(evaluate.measure(lambda z, cond: 0 * z[0], mine, 1, n=20)) == set(evaluate.IMAGES)
 
 
 # ---- writing
@@ -204,10 +204,10 @@ def test_tables_that_do_not_belong_together(tmp_path, wrong):
 
     folder = cached("data", ["x"], make)
     if wrong.get("labels") == [0, 99, 1]:                         # a hundred classes can be meant
-        assert data.decode_once("data", ["x"], None)[1].tolist() == [0, 99, 1]
+        assert data.decoded("data", ["x"], None)[1].tolist() == [0, 99, 1]
         return
     with pytest.raises(UserError, match=f"{folder} is damaged"):
-        data.decode_once("data", ["x"], None)
+        data.decoded("data", ["x"], None)
 
 
 @pytest.mark.parametrize("change", [lambda t: t.pop("x"), lambda t: t.update(z=t["z"][:1]), lambda t: t.update(x=t["x"].long()),
