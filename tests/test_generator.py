@@ -10,16 +10,15 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from closed_forms import BITWISE, rng, small_net, tensor
+from nano_dmd.denoiser import lerp
+from nano_dmd.engine.config import resolve
 from nano_dmd.engine.draw import Draw
 from nano_dmd.generator import Generator, update_ema
-from nano_dmd.engine.config import resolve
-from nano_dmd.denoiser import lerp
 from nano_dmd.teacher import Teacher
-from test_losses import rng, small_net, tensor
 from toy.mixtures import MIXTURES
 
 SIGMAS = (5.0, 1.5, 0.6, 0.2)
-BITWISE = dict(rtol=0, atol=0)
 
 
 def four_steps():
@@ -125,12 +124,18 @@ def test_start_replaces_the_simulation():
     assert (x - generator(z, step=2)).abs().max() > 0.01
 
 
+def three_steps(data=None, w_gan=0.0, w_disc=0.0, **overrides):
+    """(Draw, net) of DMD2 in three steps on real data `data`; without GAN none are needed."""
+    cfg = resolve(dict(preset="toy", method="dmd2", sigmas="5,1.5,0.6", w_gan=w_gan, w_disc=w_disc) | overrides)
+    net = small_net()
+    return Draw(cfg, Teacher("points", net, (2,), 0, 0.5, "toy:ring8", net), data, None, rng(3), torch.device("cpu")), net
+
+
 def training_inputs(data, **overrides):
     """[(network input, sigma)] of 20 training passes of a three-step generator when the real data are `data`."""
-    cfg = resolve(dict(preset="toy", sigmas="5,1.5,0.6", batch=4, w_gan=0.3, w_disc=0.1) | overrides)
-    net = small_net()
-    teacher, generator = Teacher(net, (2,), 0, 0.5, "toy:ring8", net), Generator(net, cfg.sigma_list())
-    inputs, draw = calls(generator), Draw(cfg, teacher, data, None, rng(3), torch.device("cpu"))
+    draw, net = three_steps(data, batch=4, w_gan=0.3, w_disc=0.1, **overrides)
+    generator = Generator(net, draw.cfg.sigma_list())
+    inputs = calls(generator)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         batches = [draw() for _ in range(20)]
@@ -163,18 +168,14 @@ def test_training_sees_what_sampling_sees():
 
 def test_training_picks_every_step_equally_often():
     """batch.step is uniform over the k steps: 3,000 draws, five standard errors of a share of 1/3 are 0.043."""
-    cfg = resolve(dict(preset="toy", sigmas="5,1.5,0.6", batch=1))
-    net = small_net()
-    draw = Draw(cfg, Teacher(net, (2,), 0, 0.5, "toy:ring8", net), None, None, rng(3), torch.device("cpu"))
+    draw, _ = three_steps(batch=1)
     share = torch.tensor([draw().step for _ in range(3000)]).bincount() / 3000
     assert_close(share, torch.full((3,), 1 / 3), rtol=0, atol=0.043)
 
 
 def test_each_step_has_noise_of_its_own():
     """z is (k, B, *S): k independent unit normals, not one used k times."""
-    cfg = resolve(dict(preset="toy", sigmas="5,1.5,0.6", batch=20_000))
-    net = small_net()
-    draw = Draw(cfg, Teacher(net, (2,), 0, 0.5, "toy:ring8", net), None, None, rng(3), torch.device("cpu"))
+    draw, _ = three_steps(batch=20_000)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         z = draw().z

@@ -1,7 +1,7 @@
 """Our losses against numbers that the reference implementations of EDM, DMD2 and SiD produced (tests/golden).
 
 Inputs here are the denoisers' outputs, so the losses are tested apart from any network. SiD's gradient passes through
-the networks themselves: that, and the networks, are in test_edm.py.
+the networks themselves: that, and the networks, are in teachers/test_edm.py.
 
 Tolerances: the references are float32 with sums of 3072 terms; we compute in float64 from the same inputs, so 1e-5
 relative is their rounding, not ours.
@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from nano_dmd.denoiser import edm_loss
 from nano_dmd.dmd_loss import dmd_gradient
 from nano_dmd.sid_loss import sid_integrand
-from nano_dmd.denoiser import edm_loss
 
 NETWORKS = ("ddpmpp_cond", "adm_cond", "ncsnpp_uncond")
 

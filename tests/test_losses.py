@@ -12,88 +12,30 @@ Each test is a plain function without fixtures: tests/mutants.py calls them on w
 
 import copy
 import math
-from contextlib import ExitStack, contextmanager
 from itertools import product
 from types import SimpleNamespace
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
-from nano_dmd.engine.build import build
-from nano_dmd.engine.draw import Draw
-from nano_dmd.methods import Nets
+from closed_forms import (ALPHAS, BITWISE, EXACT, GAUSSIANS, config, curved_case, derivative, gaussian, given, ideal, normal,
+                          quadrature, ratios, rng, small_net, tensor)
+from nano_dmd.denoiser import EDM, edm_loss
 from nano_dmd.dmd_loss import diff_instruct_loss, dmd_gradient, dmd_loss, regression_loss
-from nano_dmd.fake_score import FakeScore, denoising_loss
-from nano_dmd.gan import (critic_logit_loss, gan_critic_loss, gan_generator_loss,
-                          generator_logit_loss)
-from nano_dmd.networks import MLP
-from nano_dmd.engine.draw import Batch
-from nano_dmd.noise import add_noise, expand
+from nano_dmd.engine.build import build
 from nano_dmd.engine.config import resolve
+from nano_dmd.engine.draw import Batch, Draw
+from nano_dmd.fake_score import FakeScore, denoising_loss
+from nano_dmd.gan import critic_logit_loss, gan_critic_loss, gan_generator_loss, generator_logit_loss
+from nano_dmd.methods import METHODS, Method, Nets, needs, samples, train_step, update
+from nano_dmd.noise import add_noise, draw_sigma, expand
 from nano_dmd.real_score import RealScore
 from nano_dmd.sid_loss import sid_integrand, sid_loss
-from nano_dmd.denoiser import EDM, edm_loss
 from nano_dmd.teacher import Teacher
-from nano_dmd.methods import METHODS, Method, train_step, update
-from toy.mixtures import MIXTURES, Mixture
-
-EXACT = dict(rtol=1e-12, atol=1e-12)
-ALPHAS = (-0.5, 0.0, 0.5, 1.0, 1.2)
-
-
-# ---- what the tests are built from ------------------------------------------------------------------------
-
-
-def tensor(*rows):
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=rng(seed), dtype=torch.float64)
-
-
-@contextmanager
-def draws(*noise):
-    """Choose what a loss draws.  Its k-th noise is noise[k] (NaN beyond the last one: a draw nobody asked for), and
-    its sigma is cfg.dm_sigma (or critic_sigma, gan_sigma) itself: here the config holds a tensor (B,)."""
-    queue = list(noise)
-
-    def next_noise(x):
-        return queue.pop(0) if queue else torch.full_like(x, math.nan)
-
-    modules = ("dmd_loss", "sid_loss", "gan", "fake_score")
-    with ExitStack() as patches:
-        for m in modules:
-            patches.enter_context(mock.patch(f"nano_dmd.{m}.draw_noise", next_noise))
-            patches.enter_context(mock.patch(f"nano_dmd.{m}.draw_sigma", lambda spec, n, device: spec.expand(n)))
-        yield
-
-
-def config(**fields):
-    """The Config fields a loss reads; noise levels that a test does not set are NaN, so that using one shows."""
-    unset = dict.fromkeys(("dm_sigma", "critic_sigma", "gan_sigma"), tensor(math.nan))
-    return SimpleNamespace(**unset | dict(alpha=1.0, normalise=True, reg_loss="l2", noisings=1) | fields)
-
-
-def curved_nets():
-    """Two smooth, nonlinear denoisers in 2D: the exact ones of two different mixtures, in float64."""
-    real = Mixture([[-0.5, 0.2], [0.4, -0.3], [0.3, 0.6]], [0.3, 0.4, 0.5], [0.5, 0.3, 0.2]).to(torch.float64)
-    fake = Mixture([[0.1, 0.1], [-0.3, 0.5]], [0.5, 0.3]).to(torch.float64)
-    return SimpleNamespace(real=real, fake=fake, sigma_data=0.5)
-
-
-def curved_case(n=6):
-    """(x with grad, sigma, noise, nets) for tests that need nothing special."""
-    x = normal(n, 2, seed=1).requires_grad_()
-    return x, torch.linspace(0.2, 1.5, n, dtype=torch.float64), normal(n, 2, seed=2), curved_nets()
+from toy.mixtures import MIXTURES
 
 
 def assert_raises(error, function, *args):
@@ -157,7 +99,7 @@ def test_normalisers_stay_above_1e_5():
     assert_close(dmd_gradient(x, x, d_fake), tensor([0.5 / 1e-5, 0.0]), rtol=1e-12, atol=0)
     # SiD: gap = d_real - d_fake = (-.5, 0), d_real - x = 0, alpha = 1  ->  gap * (0 - gap) / 1e-5 = -.25 / 1e-5
     assert_close(sid_integrand(x, x, d_fake, alpha=1.0), tensor([-0.25 / 1e-5, 0.0]), rtol=1e-12, atol=0)
-    assert_close(dmd_gradient(x, x, x), torch.zeros_like(x), rtol=0, atol=0)
+    assert_close(dmd_gradient(x, x, x), torch.zeros_like(x), **BITWISE)
 
 
 def test_nan_is_not_hidden():
@@ -182,36 +124,33 @@ def test_shapes_must_agree():
 
 
 def test_dmd_loss_gradient_and_value():
-    """dmd_loss = mean 0.5 g^2 in value, and its gradient at x is g / N with N = x.numel(): the mean over everything.
+    """dmd_loss = mean 0.5 g^2 over the elements of a sample; the gradient of its mean at x is g / N, N = x.numel().
 
     xt = x + sigma noise with one noise for both scores; both are asked at xt and cfg.dm_sigma.
     """
     x, sigma, noise, nets = curved_case()
-    batch = Batch(z=None, pair_x=normal(6, 2, seed=5))            # a paired target has no business in the normaliser
-    with draws(noise):
-        loss = dmd_loss(x, nets, batch, config(dm_sigma=sigma))
-    loss.backward()
+    batch = given(noise, pair_x=normal(6, 2, seed=5))             # a paired target has no business in the normaliser
+    loss = dmd_loss(x, nets, batch, config(dm_sigma=sigma))
+    loss.mean().backward()
     xt = x.detach() + sigma[:, None] * noise
     d_real, d_fake = nets.real(xt, sigma), nets.fake(xt, sigma)
     g = (d_fake - d_real) / (x.detach() - d_real).abs().mean(1, keepdim=True)
     assert_close(x.grad, g / x.numel(), **EXACT)
-    assert_close(loss.detach(), 0.5 * g.square().mean(), **EXACT)
-    assert_close(batch.seen["dmd_loss"], (sigma, 0.5 * g.square().mean(1)), **EXACT)
+    assert_close(loss.detach(), 0.5 * g.square().mean(1), **EXACT)
 
 
 def test_diff_instruct_loss_gradient():
     """Diff-Instruct is DMD without the normaliser: d loss / dx = (d_fake - d_real) / N."""
     x, sigma, noise, nets = curved_case()
-    with draws(noise):
-        diff_instruct_loss(x, nets, Batch(z=None), config(dm_sigma=sigma)).backward()
+    diff_instruct_loss(x, nets, given(noise), config(dm_sigma=sigma)).mean().backward()
     xt = x.detach() + sigma[:, None] * noise
     assert_close(x.grad, (nets.fake(xt, sigma) - nets.real(xt, sigma)) / x.numel(), **EXACT)
 
 
 def test_regression_loss_by_hand():
-    """mean (G(z) - pair_x)^2 over everything, G asked at the pairs' noise and class; x is not used.
+    """(G(z) - pair_x)^2, G asked at the pairs' noise and class; x is not used.
 
-    G(z) = a z with a = 2:  z = (1, 3), pair_x = (1, 5)  ->  residuals (1, 1), loss 1, d loss / da = 2 (1 + 3) / 2 = 4
+    G(z) = a z with a = 2:  z = (1, 3), pair_x = (1, 5)  ->  residuals (1, 1), losses (1, 1), d mean / da = 2 (1 + 3) / 2
     """
     a, asked = torch.tensor(2.0, dtype=torch.float64, requires_grad=True), []
     nets = SimpleNamespace(generator=lambda z, cond: asked.append(cond) or a * z[0])
@@ -219,36 +158,32 @@ def test_regression_loss_by_hand():
     batch = Batch(z=None, cond=torch.tensor([0, 1]), pair_z=tensor([[1.0], [3.0]]), pair_x=tensor([1.0], [5.0]),
                   pair_cond=pair_cond)
     loss = regression_loss(None, nets, batch, config())
-    loss.backward()
-    assert_close((loss.detach(), a.grad), (tensor(1.0)[0], tensor(4.0)[0]), **EXACT)
+    loss.mean().backward()
+    assert_close((loss.detach(), a.grad), (tensor(1.0, 1.0), tensor(4.0)[0]), **EXACT)
     assert asked[0] is pair_cond
 
 
 def test_regression_loss_by_another_distance():
-    """reg_loss "lpips": the mean of nets.lpips(G(z), pair_x), one number per sample; here |difference|, 1 and 3."""
+    """reg_loss "lpips": nets.lpips(G(z), pair_x), one number per sample; here |difference|, 1 and 3."""
     nets = SimpleNamespace(generator=lambda z, cond: 2 * z[0], lpips=lambda a, b: (a - b).abs()[:, 0])
     batch = Batch(z=None, pair_z=tensor([[1.0], [3.0]]), pair_x=tensor([1.0], [3.0]))
-    assert_close(regression_loss(None, nets, batch, config(reg_loss="lpips")), tensor(2.0)[0], **EXACT)
-    assert_close(batch.seen["regression_loss"][1], tensor(1.0, 3.0), **EXACT)         # reported sample by sample
+    assert_close(regression_loss(None, nets, batch, config(reg_loss="lpips")), tensor(1.0, 3.0), **EXACT)
 
 
 def test_denoising_loss_by_hand():
-    """mean (1/sigma^2 + 1/sigma_data^2) (D(x + sigma noise) - x)^2, with sigma from cfg.critic_sigma.
+    """(1/sigma^2 + 1/sigma_data^2) (D(x + sigma noise) - x)^2, with sigma from cfg.critic_sigma.
 
     D(xt) = c xt with c = 1, sigma_data = .5:
       x = 1, noise 1, sigma 1:   xt = 2,  residual 1,  weight 5,  loss 5,   d/dc = 2 * 5 * 1 * 2   = 20
       x = 2, noise -1, sigma 2:  xt = 0,  residual -2, weight 4.25, loss 17, d/dc = 0
-    mean loss 11, gradient at c 10; and none at x, which the critic must take as given.
+    The mean loss is 11 and its gradient at c is 10.
     """
     c = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
     nets = SimpleNamespace(fake=lambda xt, sigma, cond: c * xt, sigma_data=0.5)
-    x, batch = tensor([1.0], [2.0]).requires_grad_(), Batch(z=None)
-    with draws(tensor([1.0], [-1.0])):
-        loss = denoising_loss(x, nets, batch, config(critic_sigma=tensor(1.0, 2.0)))
-    loss.backward()
-    assert_close((loss.detach(), c.grad), (tensor(11.0)[0], tensor(10.0)[0]), **EXACT)
-    assert_close(batch.seen["denoising_loss"][1], tensor(5.0, 17.0), **EXACT)
-    assert x.grad is None
+    batch = given(tensor([1.0], [-1.0]))
+    loss = denoising_loss(tensor([1.0], [2.0]), nets, batch, config(critic_sigma=tensor(1.0, 2.0)))
+    loss.mean().backward()
+    assert_close((loss.detach(), c.grad), (tensor(5.0, 17.0), tensor(10.0)[0]), **EXACT)
 
 
 def test_denoising_loss_is_least_at_the_posterior_mean():
@@ -275,44 +210,7 @@ def test_edm_loss_weight_undoes_the_preconditioning():
     assert_close(edm_loss(denoiser, x, sigma, noise, None, sd), ((xt / norm).sin() - target) ** 2, rtol=1e-9, atol=1e-9)
 
 
-# ---- one-dimensional Gaussians, exactly -------------------------------------------------------------------
-# Real data N(0, s^2), generator x = a z, fake score exact for N(0, a^2).  At noise sigma both ideal denoisers are
-# linear:
-#     d_real = r xt,  r = s^2 / (s^2 + sigma^2)          d_fake = f xt,  f = a^2 / (a^2 + sigma^2)
-
-GAUSSIANS = list(product((0.5, 1.0, 2.0), (0.3, 1.0, 3.5), (0.1, 1.0, 5.0)))          # (s, a, sigma)
-
-
-def quadrature():
-    """z (25, 1), noise (25, 1), weight (25,): E[p(z, noise)] = sum weight p exactly, for degrees up to 9 in each."""
-    nodes, weights = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(5))
-    z, noise = torch.cartesian_prod(nodes, nodes).T
-    return z[:, None], noise[:, None], torch.outer(weights, weights).flatten() / (2 * math.pi)
-
-
-def ideal(std):
-    """E[x0 | xt] when x0 ~ N(0, std^2)."""
-    return lambda xt, sigma, cond=None: std**2 / (std**2 + expand(sigma, xt) ** 2) * xt
-
-
-def gaussian(loss, s, a, sigma, **fields):
-    """(E[loss], E[dloss/dx dx/da]) of a training loss, fake weights held; dx/da = z because x = a z."""
-    z, noise, weight = quadrature()
-    x, batch = (a * z).requires_grad_(), Batch(z=None)
-    nets = SimpleNamespace(real=ideal(s), fake=ideal(a), sigma_data=1.0)
-    with draws(noise):
-        loss(x, nets, batch, config(dm_sigma=torch.full((len(x),), sigma, dtype=torch.float64), **fields)).backward()
-    value = (weight * batch.seen[loss.__name__][1]).sum()
-    return value, (weight * x.numel() * (x.grad * z)[:, 0]).sum()
-
-
-def ratios(s, a, sigma):
-    return s**2 / (s**2 + sigma**2), a**2 / (a**2 + sigma**2)
-
-
-def derivative(function, a):
-    a = torch.tensor(a, dtype=torch.float64, requires_grad=True)
-    return torch.autograd.grad(function(a), a)[0]
+# ---- one-dimensional Gaussians, exactly (closed_forms.py) ---------------------------------------------------
 
 
 def test_dmd_is_the_gradient_of_kl():
@@ -422,16 +320,15 @@ def test_sid_normaliser_is_per_sample():
 
 
 def test_sid_loss_value():
-    """sid_loss = mean over everything of the integrand at xt = x + sigma noise, sigma from cfg.dm_sigma."""
+    """sid_loss = mean over a sample of the integrand at xt = x + sigma noise, sigma from cfg.dm_sigma."""
     x, sigma, noise, nets = curved_case()
     for alpha, normalise in product(ALPHAS, (True, False)):
-        with draws(noise):
-            loss = sid_loss(x, nets, Batch(z=None), config(dm_sigma=sigma, alpha=alpha, normalise=normalise))
+        loss = sid_loss(x, nets, given(noise), config(dm_sigma=sigma, alpha=alpha, normalise=normalise))
         xt = x + sigma[:, None] * noise
         d_real, d_fake = nets.real(xt, sigma), nets.fake(xt, sigma)
         size = (x - d_real).abs().mean(1, keepdim=True) if normalise else 1.0
         gap = d_real - d_fake
-        assert_close(loss, (gap * (d_real - x - alpha * gap) / size).mean(), **EXACT)
+        assert_close(loss, (gap * (d_real - x - alpha * gap) / size).mean(1), **EXACT)
 
 
 def test_sid_gradient_by_finite_differences():
@@ -453,8 +350,7 @@ def test_sid_gradient_by_finite_differences():
 
     for alpha in ALPHAS:
         x.grad = None
-        with draws(noise):
-            sid_loss(x, nets, Batch(z=None), config(dm_sigma=sigma, alpha=alpha)).backward()
+        sid_loss(x, nets, given(noise), config(dm_sigma=sigma, alpha=alpha)).mean().backward()
         steps = 1e-5 * torch.eye(x.numel(), dtype=torch.float64).reshape(-1, *x.shape)
         slopes = [(frozen(x.detach() + h, alpha) - frozen(x.detach() - h, alpha)) / 2e-5 for h in steps]
         assert_close(x.grad.flatten(), torch.stack(slopes), rtol=0, atol=1e-9)
@@ -475,8 +371,7 @@ def test_sid_with_jacobians_is_not_dmd():
     x = 1, alpha = 1, no normaliser.  SiD = (r - f) (f - 1) x^2, slope 2 * .12 = .24; DMD's direction is f - r = .6."""
     x, sigma = tensor([1.0]).requires_grad_(), tensor(2.0)
     nets = SimpleNamespace(real=ideal(1.0), fake=ideal(4.0))      # 1/(1 + 4) and 16/(16 + 4)
-    with draws(tensor([0.0])):
-        sid_loss(x, nets, Batch(z=None), config(dm_sigma=sigma, normalise=False)).backward()
+    sid_loss(x, nets, given(tensor([0.0])), config(dm_sigma=sigma, normalise=False)).mean().backward()
     assert_close(x.grad, tensor([0.24]), **EXACT)
 
 
@@ -485,9 +380,8 @@ def test_nothing_to_learn_when_fake_is_real():
     for loss in (dmd_loss, diff_instruct_loss, sid_loss):
         x, sigma, noise, nets = curved_case()
         nets.fake = nets.real
-        with draws(noise):
-            value = loss(x, nets, Batch(z=None), config(dm_sigma=sigma))
-        value.backward()
+        value = loss(x, nets, given(noise), config(dm_sigma=sigma))
+        value.mean().backward()
         assert_close((value.detach(), x.grad), (torch.zeros_like(value), torch.zeros_like(x)), **EXACT)
 
 
@@ -498,8 +392,7 @@ def test_every_network_is_asked_for_the_class():
         x, sigma, noise, nets = curved_case()
         asked, both = [], (nets.real, nets.fake)
         nets.real, nets.fake = [lambda xt, sigma, c, f=f: asked.append(c) or f(xt, sigma) for f in both]
-        with draws(noise):
-            loss(x, nets, Batch(z=None, cond=cond), config(dm_sigma=sigma, critic_sigma=sigma))
+        loss(x, nets, given(noise, cond=cond), config(dm_sigma=sigma, critic_sigma=sigma))
         assert len(asked) == (1 if loss is denoising_loss else 2) and all(c is cond for c in asked)
 
 
@@ -514,8 +407,7 @@ def test_several_noisings_are_the_mean_over_noises():
         nets.fake = lambda xt, sigma, c: fake(xt, sigma) * c[:, None]
 
         def gradient(noise, **fields):
-            with draws(noise):
-                value = loss(x, nets, Batch(z=None, cond=cond), config(**fields))
+            value = loss(x, nets, given(noise, cond=cond), config(**fields)).mean()
             return value.detach(), torch.autograd.grad(value, x)[0]
 
         parts = [gradient(noise[i::3], dm_sigma=sigma[i::3]) for i in range(3)]       # rows 3 j + i belong to sample j
@@ -523,25 +415,48 @@ def test_several_noisings_are_the_mean_over_noises():
         assert_close(gradient(noise, dm_sigma=sigma, noisings=3), mean, **EXACT)
 
 
-def test_every_loss_reports_sigma_and_its_values():
-    """batch.seen[name] = (sigma, loss per sample) without a graph: logs bin it by sigma, NaN reports name the sigma.
-    The mean over samples is the loss itself; the critic's GAN loss reports its half on generated samples."""
+def test_every_loss_is_one_value_per_sample():
+    """(B,), and sample i alone moves value i: nothing is averaged over the batch before the step does."""
     for loss in (dmd_loss, diff_instruct_loss, sid_loss, denoising_loss, gan_generator_loss, gan_critic_loss):
         x, sigma, noise, nets = curved_case()
-        if loss in (gan_generator_loss, gan_critic_loss):
-            nets, _ = gan_nets()
-        cond = torch.arange(6) if loss in (gan_generator_loss, gan_critic_loss) else None
-        batch = Batch(z=None, cond=cond, real=torch.full((6, 2), 9.0, dtype=torch.float64), real_cond=cond)
-        with draws(noise, torch.zeros_like(noise)):
-            value = loss(x, nets, batch, config(dm_sigma=sigma, critic_sigma=sigma, gan_sigma=sigma))
-        seen_sigma, per_sample = batch.seen[loss.__name__]
-        assert_close(seen_sigma, sigma, **EXACT)
-        assert per_sample.shape == (6,) and not per_sample.requires_grad
-        if loss is gan_critic_loss:                               # the real half: tanh is 1 at 9, so its logit is 1 - 2
-            value = value - math.log(1 + math.e)
-            assert_close(per_sample.mean(), value.detach(), rtol=0, atol=1e-6)
-        else:
-            assert_close(per_sample.mean(), value.detach(), **EXACT)
+        cond, real, on_features = None, normal(6, 2, seed=3), loss in (gan_generator_loss, gan_critic_loss)
+        if on_features:
+            nets, cond = gan_nets()[0], torch.arange(6)
+        batch = given(noise, noise, cond=cond, real=real, real_cond=cond)
+        values = loss(x, nets, batch, config(dm_sigma=sigma, critic_sigma=sigma, gan_sigma=sigma))
+        assert values.shape == (6,), loss.__name__
+        for i in range(6):
+            moved_by, = torch.autograd.grad(values[i], x, retain_graph=True)
+            assert moved_by.any(1).tolist() == [j == i for j in range(6)], loss.__name__
+
+
+# ---- what a batch draws and remembers ---------------------------------------------------------------------
+
+
+def test_a_noising_is_a_sigma_and_a_unit_noise():
+    """Batch.noising(spec, x): sigma (B,) of the distribution that spec names, then noise like x."""
+    batch, x = Batch(z=None), torch.zeros(3, 1, 4, 4, dtype=torch.float64)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sigma, noise = batch.noising("karras(0.002,80)", x)
+        torch.manual_seed(0)
+        assert_close(sigma, draw_sigma("karras(0.002,80)", 3, "cpu"), **BITWISE)
+        assert_close(noise, torch.randn(3, 1, 4, 4, dtype=torch.float64), **BITWISE)
+
+
+def test_a_batch_remembers_the_noise_levels_of_generated_samples():
+    """keep(name, values): the sigmas of the first noising since the last keep, which is that of x in every loss. The
+    critic's GAN loss noises real data after that.  A loss without noise has none."""
+    batch, x, real, values = Batch(z=None), torch.zeros(3, 2), torch.ones(3, 2), [tensor(1.0, 2.0, 6.0), *normal(2, 3)]
+    first, _ = batch.noising("lognormal(0,1)", x)
+    batch.noising("lognormal(0,1)", real)
+    assert_close(batch.keep("gan_critic_loss", values[0]), tensor(3.0)[0], **EXACT)
+    second, _ = batch.noising("lognormal(0,1)", x)
+    batch.keep("dmd_loss", values[1])
+    batch.keep("regression_loss", values[2])
+    assert batch.seen["regression_loss"][0] is None and not torch.equal(first, second)
+    assert_close([batch.seen["gan_critic_loss"], batch.seen["dmd_loss"]], [(first, values[0]), (second, values[1])], **BITWISE)
+    assert batch.seen["regression_loss"][1] is values[2]
 
 
 # ---- the GAN ----------------------------------------------------------------------------------------------
@@ -576,44 +491,35 @@ def gan_nets():
 
 
 def test_gan_generator_loss_reaches_x_through_the_features():
-    """d/dx mean softplus(-v . tanh(y)) = -sigmoid(-logit) / B * v (1 - tanh(y)^2),  y = x + sigma noise + sigma + cond.
+    """The mean is generator_logit_loss, and its gradient -sigmoid(-logit) / B * v (1 - tanh(y)^2), where logit =
+    v . tanh(y) and y = x + sigma noise + sigma + cond.
 
     The critic's weights do not move in this update, yet the gradient passes through them (DMD2 issue 75).
     """
     x, sigma, noise, _ = curved_case()
     (nets, v), cond = gan_nets(), torch.arange(6)
-    with draws(noise):
-        gan_generator_loss(x, nets, Batch(z=None, cond=cond), config(gan_sigma=sigma)).backward()
+    loss = gan_generator_loss(x, nets, given(noise, cond=cond), config(gan_sigma=sigma))
+    loss.mean().backward()
     h = (x.detach() + sigma[:, None] * (noise + 1) + cond[:, None]).tanh()
     assert_close(x.grad, -torch.sigmoid(-h @ v)[:, None] / 6 * v * (1 - h**2), **EXACT)
+    assert_close(loss.mean(), generator_logit_loss(h @ v), **EXACT)
 
 
 def test_gan_critic_loss():
-    """mean softplus(D(fake)) + mean softplus(-D(real)), both noised, each with its own noise and its own labels; no
-    gradient reaches x."""
+    """softplus(D(fake)) + softplus(-D(real)), both noised, each with its own noise and its own labels; the mean is
+    critic_logit_loss."""
     x, sigma, noise, _ = curved_case()
     (nets, v), cond, real_cond = gan_nets(), torch.arange(6), torch.arange(6).flip(0)
-    real, real_noise = normal(6, 2, seed=3).requires_grad_(), normal(6, 2, seed=4)
-    with draws(noise, real_noise):
-        batch = Batch(z=None, cond=cond, real=real, real_cond=real_cond)
-        loss = gan_critic_loss(x, nets, batch, config(gan_sigma=sigma))
-    loss.backward()
+    real, real_noise = normal(6, 2, seed=3), normal(6, 2, seed=4)
+    batch = given(noise, real_noise, cond=cond, real=real, real_cond=real_cond)
+    loss = gan_critic_loss(x, nets, batch, config(gan_sigma=sigma))
     fake_logit = (x + sigma[:, None] * (noise + 1) + cond[:, None]).tanh() @ v
     real_logit = (real + sigma[:, None] * (real_noise + 1) + real_cond[:, None]).tanh() @ v
-    expected = (1 + fake_logit.exp()).log().mean() + (1 + (-real_logit).exp()).log().mean()
-    assert_close(loss, expected, **EXACT)
-    assert x.grad is None
+    assert_close(loss, (1 + fake_logit.exp()).log() + (1 + (-real_logit).exp()).log(), **EXACT)
+    assert_close(loss.mean(), critic_logit_loss(real_logit, fake_logit), **EXACT)
 
 
 # ---- who moves, and who does not --------------------------------------------------------------------------
-
-
-def small_net(seed=0):
-    """A 2D EDM network with random weights (a fresh one answers c_skip x: its last layer starts at zero)."""
-    net = EDM(MLP(width=16, depth=2))
-    for i, p in enumerate(net.parameters()):
-        p.data = 0.3 * torch.randn(p.shape, generator=rng(100 * seed + i))
-    return net
 
 
 def small_run(method, **overrides):
@@ -621,7 +527,7 @@ def small_run(method, **overrides):
     gan = dict(w_gan=0.3, w_disc=0.1) if method == "dmd2" else {}
     cfg = resolve(dict(preset="toy", method=method, batch=8, critic_steps=2, ema=20.0) | gan | overrides)
     mixture, net, device = MIXTURES["ring8"](), small_net(), torch.device("cpu")
-    teacher = Teacher(net, mixture.shape, mixture.classes, 0.5, "toy:ring8", net)
+    teacher = Teacher("points", net, mixture.shape, mixture.classes, 0.5, "toy:ring8", net)
     pairs = {"z": torch.randn(32, 2, generator=rng(1)), "x": mixture.sample(32, rng(2))[0]}
     nets, opts = build(cfg, teacher, device)
     return nets, opts, Draw(cfg, teacher, mixture, pairs, rng(3), device), cfg
@@ -638,7 +544,7 @@ def assert_same(before, after):
     for a, b in zip(before[0] + before[1], after[0] + after[1], strict=True):
         assert (a is None) == (b is None)
         if a is not None:
-            assert_close(a, b, rtol=0, atol=0)
+            assert_close(a, b, **BITWISE)
 
 
 def moved(before, after):
@@ -701,7 +607,7 @@ def test_build_follows_the_config():
     assert nets.real.guidance == 3.0
     teacher = snapshot(nets.real.denoiser)[0]
     for module in (nets.generator, nets.ema, nets.fake):
-        assert_close(snapshot(module)[0], teacher, rtol=0, atol=0)
+        assert_close(snapshot(module)[0], teacher, **BITWISE)
     assert not any(p.requires_grad for p in nets.ema.parameters())
     trained = {name: {id(p) for group in opt.param_groups for p in group["params"]} for name, opt in opts.items()}
     assert trained["generator"] == {id(p) for p in nets.generator.parameters()}
@@ -720,7 +626,7 @@ def test_data_order_is_independent_of_the_losses():
         batches.append([first, draw()])
     for a, b in zip(*batches):
         for name in ("cond", "step", "real", "pair_z", "pair_x", "pair_cond"):
-            assert_close(getattr(a, name), getattr(b, name), rtol=0, atol=0)
+            assert_close(getattr(a, name), getattr(b, name), **BITWISE)
         assert a.z.shape == (2, 8, 2) and a.cond.shape == (8,)
     assert not torch.equal(batches[0][1].z, batches[1][1].z)      # the generator's noise is from the global stream
     conds = torch.cat([draw().cond for _ in range(100)])
@@ -732,7 +638,7 @@ def test_noise_image_pairs_stay_together():
     _, _, draw, _ = small_run("dmd")
     draw.pairs = {"z": draw.pairs["z"], "x": 2 * draw.pairs["z"]}
     batch = draw()
-    assert_close(batch.pair_x, 2 * batch.pair_z[0], rtol=0, atol=0)
+    assert_close(batch.pair_x, 2 * batch.pair_z[0], **BITWISE)
     assert batch.pair_z.shape == (1, 8, 2) and len(batch.pair_x.unique(dim=0)) > 1
 
 
@@ -740,15 +646,12 @@ def test_sid_differentiates_through_frozen_networks():
     """requires_grad_(False) is not no_grad: no gradient lands in either network, and x still feels their Jacobians."""
     real, fake = RealScore(small_net(1)), FakeScore(small_net(2))
     fake.requires_grad_(False)
-    nets = SimpleNamespace(real=real, fake=fake)
+    nets, noise, cfg = SimpleNamespace(real=real, fake=fake), normal(4, 2, seed=1).float(), config(dm_sigma=torch.ones(4))
     x = normal(4, 2).float().requires_grad_()
-    with draws(normal(4, 2, seed=1).float()):
-        loss = sid_loss(x, nets, Batch(z=None), config(dm_sigma=torch.ones(4)))
-    loss.backward()
+    sid_loss(x, nets, given(noise), cfg).mean().backward()
     assert all(p.grad is None for p in [*real.parameters(), *fake.parameters()])
-    with draws(normal(4, 2, seed=1).float()):
-        without = x.detach().requires_grad_()
-        dmd_loss(without, nets, Batch(z=None), config(dm_sigma=torch.ones(4))).backward()
+    without = x.detach().requires_grad_()
+    dmd_loss(without, nets, given(noise), cfg).mean().backward()
     assert (x.grad - without.grad).abs().max() > 0.01             # more than the gradient without Jacobians
 
 
@@ -763,9 +666,9 @@ def test_fake_score_starts_as_the_teacher_and_leaves_it_alone():
     """FakeScore(net) is a copy: the same function at first, with weights of its own."""
     net = small_net()
     fake, x, sigma = FakeScore(net), normal(4, 2).float(), torch.ones(4)
-    assert_close(fake(x, sigma), net(x, sigma), rtol=0, atol=0)
+    assert_close(fake(x, sigma), net(x, sigma), **BITWISE)
     assert not {id(p) for p in net.parameters()} & {id(p) for p in fake.parameters()}
-    assert_close(fake.features(x, sigma), net.features(x, sigma), rtol=0, atol=0)
+    assert_close(fake.features(x, sigma), net.features(x, sigma), **BITWISE)
 
 
 def test_fake_score_hands_the_class_on():
@@ -806,15 +709,15 @@ def probe_run(critic_steps=3, lr=0.1, accumulate=1, **fields):
 
     def linear(x, nets, batch, cfg):
         log.append(("linear", x.requires_grad, batch))
-        return x.mean()
+        return x[:, 0]
 
     def square(x, nets, batch, cfg):
         log.append(("square", x.requires_grad, batch))
-        return x.square().mean()
+        return x[:, 0] ** 2
 
     def fit(x, nets, batch, cfg):
         log.append(("fit", x.requires_grad, batch))
-        return nets.fake.a * x.detach().mean()
+        return nets.fake.a * x.detach()[:, 0]
 
     method = Method(generator=[("w_dm", linear), ("w_gan", square)], critic=[("w_fake", fit)])
     generator, fake = Scale(2.0), Scale(0.0)
@@ -831,7 +734,7 @@ def probe_run(critic_steps=3, lr=0.1, accumulate=1, **fields):
     cfg = SimpleNamespace(method="probe", critic_steps=critic_steps, accumulate=accumulate, ema=2.0, clip=0.0,
                           **dict(w_dm=1.0, w_gan=1.0, w_fake=1.0) | fields)
     with mock.patch.dict(METHODS, {"probe": method}):
-        logs = train_step(nets, opts, draw, cfg)
+        logs = train_step(nets, opts, draw, cfg, step=10**9)
     return nets, log, logs, next(count)
 
 
@@ -845,12 +748,28 @@ def test_train_step_order_and_counts():
 
 
 def test_train_step_shows_the_critic_detached_samples():
-    """The critic sees numbers, not a graph; the generator losses see the graph; early critic passes build none."""
+    """The critic sees numbers, the generator losses see a graph."""
     nets, log, _, _ = probe_run(critic_steps=3)
     assert [needs for name, needs, _ in log if name == "fit"] == [False] * 3
     assert [needs for name, needs, _ in log if name in ("linear", "square")] == [True, True]
-    assert [graph for _, graph, _ in nets.generator.calls] == [False, False, True]
-    assert [a for a, _, _ in nets.generator.calls] == [2.0, 2.0, 2.0]                 # the generator stands still
+
+
+def test_one_generator_pass_serves_the_last_critic_update_and_the_generator():
+    """A batch each: as many passes as critic updates, all at the same weights.  The generator stands still meanwhile."""
+    nets, _, _, _ = probe_run(critic_steps=3)
+    assert [a for a, _, _ in nets.generator.calls] == [2.0, 2.0, 2.0]
+    assert nets.generator.calls[-1][1]                            # with a graph
+
+
+def test_samples_are_made_once():
+    """... or twice: samples without a graph do not serve the generator's update; those with one serve the critic's."""
+    nets, batch = SimpleNamespace(generator=Scale()), Batch(tensor([[1.0], [2.0]]))
+    without = samples(nets, batch, graph=False)
+    assert samples(nets, batch, graph=False) is without and not without.requires_grad
+    x = samples(nets, batch, graph=True)
+    assert x.requires_grad and samples(nets, batch, graph=True) is samples(nets, batch, graph=False) is x
+    assert_close((x.detach(), without), (tensor([2.0], [4.0]),) * 2, **BITWISE)
+    assert [graph for _, graph, _ in nets.generator.calls] == [False, True]
 
 
 def test_train_step_trains_the_step_of_its_batch():
@@ -867,13 +786,17 @@ def test_train_step_by_hand():
                 = .5 * 3.5 + .2 * 2 a * 12.5 = 1.75 + 10 = 11.75     ->  a = 2 - 1.175 = .825
     average:    a long run's weight is 1 - .5^(1/2) at half-life 2   ->  2 + (1 - sqrt(.5)) (.825 - 2)
     logs:       unweighted, before the update: mean x = 7, mean x^2 = 4 * 12.5 = 50, critic's last = c mean x = -.8 * 7
+    batch.seen: the same, sample by sample: x = (6, 8)
     """
-    nets, _, logs, _ = probe_run(critic_steps=3, w_dm=0.5, w_gan=0.2)
+    nets, log, logs, _ = probe_run(critic_steps=3, w_dm=0.5, w_gan=0.2)
     average = 2 + (1 - math.sqrt(0.5)) * (0.825 - 2)
     got = torch.stack([nets.fake.a, nets.generator.a, nets.ema.a]).detach()
     assert_close(got, tensor(-1.5, 0.825, average), **EXACT)
     assert_close([logs[k] for k in ("linear", "square", "fit")], [*tensor(7.0, 50.0, -5.6)], **EXACT)
-    assert not any(v.requires_grad for v in logs.values())
+    seen = {"fit": tensor(-4.8, -6.4), "linear": tensor(6.0, 8.0), "square": tensor(36.0, 64.0)}
+    batch = log[-2][2]
+    assert_close({name: values for name, (_, values) in batch.seen.items()}, seen, **EXACT)
+    assert not any(v.requires_grad for v in [*logs.values(), *(values for _, values in batch.seen.values())])
 
 
 def test_train_step_in_parts():
@@ -896,11 +819,14 @@ def test_terms_of_weight_zero_are_not_computed():
     assert [name for name, _, _ in log] == ["linear", "square", "generator"] and set(logs) == {"linear", "square"}
 
 
-def update_with(opt, loss, clip=0.0, batches=(None,)):
-    """train.update on a method made of one loss."""
-    cfg, nets = SimpleNamespace(method="probe", w=1.0, clip=clip), SimpleNamespace(parallel={})
+def update_with(opt, value, clip=0.0):
+    """methods.update on a method made of one loss, value() for every sample."""
+    def loss(x, nets, batch, cfg):
+        return value().expand(len(x))
+
+    cfg, nets = SimpleNamespace(method="probe", w=1.0, clip=clip), Nets(None, None, None, Scale(), None, 0.5)
     with mock.patch.dict(METHODS, {"probe": Method(generator=[("w", loss)], critic=[])}):
-        update("generator", batches, nets, {"generator": opt}, batches, cfg, {})
+        update("generator", nets, {"generator": opt}, [Batch(tensor([[1.0]]))], cfg, {})
 
 
 def test_updates_do_not_accumulate():
@@ -908,7 +834,7 @@ def test_updates_do_not_accumulate():
     a = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
     opt = torch.optim.SGD([a], 0.1)
     for _ in range(2):
-        update_with(opt, lambda x, nets, batch, cfg: 3 * a)
+        update_with(opt, lambda: 3 * a)
     assert_close(a.detach(), tensor(1 - 0.3 - 0.3)[0], **EXACT)
 
 
@@ -916,13 +842,13 @@ def test_clip_limits_the_norm_over_the_whole_network():
     """Gradient (3, 4) has norm 5; clip = 1 makes it (.6, .8) (torch divides by 5 + 1e-6), clip = 10 leaves it."""
     for clip, expected in ((1.0, tensor(0.6, 0.8)), (10.0, tensor(3.0, 4.0)), (0.0, tensor(3.0, 4.0))):
         a, b = (nn.Parameter(torch.tensor(0.0, dtype=torch.float64)) for _ in range(2))
-        update_with(torch.optim.SGD([a, b], 1.0), lambda x, nets, batch, cfg: 3 * a + 4 * b, clip)
+        update_with(torch.optim.SGD([a, b], 1.0), lambda: 3 * a + 4 * b, clip)
         assert_close(-torch.stack([a, b]).detach(), expected, rtol=1e-6, atol=0)
 
 
 def test_methods_are_what_the_papers_say():
     """DMD: matching + regression.  DMD2: matching + GAN.  SiD: its own loss.  All three fit the fake score by
-    denoising; only DMD2's critic has a discriminator."""
+    denoising; only DMD2's critic has a discriminator.  DMD needs noise-image pairs, DMD2 real data."""
     names = {m: ([f.__name__ for _, f in METHODS[m].generator], [f.__name__ for _, f in METHODS[m].critic])
              for m in METHODS}
     assert names["dmd"] == (["dmd_loss", "regression_loss"], ["denoising_loss"])
@@ -930,9 +856,19 @@ def test_methods_are_what_the_papers_say():
     assert names["sid"] == (["sid_loss"], ["denoising_loss"])
     assert names["diff_instruct"] == (["diff_instruct_loss"], ["denoising_loss"])
     assert names["regression"] == (["regression_loss"], [])
+    asked = {m: METHODS[m].needs for m in METHODS if METHODS[m].needs}
+    assert asked == {"dmd": ("pairs",), "dmd2": ("real",), "regression": ("pairs",)}
+
+
+def test_a_batch_brings_what_has_a_weight():
+    """DMD2 without GAN needs no real data, DMD without regression no pairs."""
+    for method, weights, expected in (("dmd2", (0.1, 0.0), ["real"]), ("dmd2", (0.0, 1.0), []), ("dmd", (0.0, 1.0), ["pairs"]),
+                                      ("dmd", (1.0, 0.0), []), ("sid", (1.0, 1.0), [])):
+        w_disc, w_reg = weights
+        assert needs(SimpleNamespace(method=method, w_disc=w_disc, w_reg=w_reg)) == expected
 
 
 def test_add_noise_is_variance_exploding():
     """xt = x + sigma noise, with x not scaled: x = (1, 2), sigma = (3, 10), noise = (1, -1)  ->  (4, -8)."""
     got = add_noise(tensor([1.0], [2.0]), tensor(3.0, 10.0), tensor([1.0], [-1.0]))
-    assert_close(got, tensor([4.0], [-8.0]), rtol=0, atol=0)
+    assert_close(got, tensor([4.0], [-8.0]), **BITWISE)

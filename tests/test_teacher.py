@@ -4,22 +4,22 @@ A Denoiser is right when it equals a posterior mean computed in another way: an 
 """
 
 import math
+import re
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
+from closed_forms import EXACT, ideal, normal, randomised, rng, small_net, tensor
+from nano_dmd.denoiser import EDM, FromEps, FromV, heun, score
 from nano_dmd.networks import MLP, UNet
 from nano_dmd.noise import add_noise, draw_sigma, expand, karras, karras_sigmas, parse_sigma
-from nano_dmd.denoiser import score
 from nano_dmd.real_score import RealScore
-from nano_dmd.denoiser import EDM, FromEps, FromV, heun
 from nano_dmd.teacher import make_pairs
-from test_losses import normal, rng, small_net, tensor
 from toy.mixtures import MIXTURES, Mixture
 
-F64, EXACT = torch.float64, dict(rtol=1e-12, atol=1e-12)
+F64 = torch.float64
 
 
 def line():
@@ -323,10 +323,7 @@ def test_mlp_sees_octaves(dim, octaves):
 
 
 def random_unet():
-    net = UNet(width=8, emb=16)
-    for i, p in enumerate(net.parameters()):
-        p.data = 0.2 * torch.randn(p.shape, generator=rng(i))
-    return net
+    return randomised(UNet(width=8, emb=16), 0.2)
 
 
 def test_no_class_is_minus_one():
@@ -413,10 +410,6 @@ def test_score_is_tweedie():
 # ---- Heun's sampler ---------------------------------------------------------------------------------------
 
 
-def gaussian_denoiser(s):
-    return lambda x, sigma, cond=None: s**2 / (s**2 + expand(sigma, x) ** 2) * x
-
-
 def test_heun_solves_the_ode_of_a_gaussian():
     """For N(0, s^2) the probability-flow ODE dx/dsigma = (x - D) / sigma = sigma x / (s^2 + sigma^2) has the solution
     x(0) = x(sigma_max) s / sqrt(s^2 + sigma_max^2).  Heun gets there slowly on EDM's grid: 18 steps still stretch a
@@ -424,7 +417,7 @@ def test_heun_solves_the_ode_of_a_gaussian():
     z, s = normal(5, 3), 0.5
     exact = 80 * z * s / math.sqrt(s**2 + 80**2)
     for steps, stretch in ((18, 0.05527), (64, 0.00366), (256, 0.00021)):
-        assert_close(heun(gaussian_denoiser(s), z, steps=steps), (1 + stretch) * exact, rtol=1e-5, atol=0)
+        assert_close(heun(ideal(s), z, steps=steps), (1 + stretch) * exact, rtol=1e-5, atol=0)
 
 
 def test_heun_is_of_second_order():
@@ -432,7 +425,7 @@ def test_heun_is_of_second_order():
     steps, so the limit is x(sigma_min) s^2 / (s^2 + sigma_min^2): measured against it, ratios within 4 +- 0.4."""
     s, low, high, z = 0.5, 0.002, 80.0, torch.ones(1, 1, dtype=F64)
     limit = high * math.sqrt((s**2 + low**2) / (s**2 + high**2)) * s**2 / (s**2 + low**2)
-    errors = [abs(heun(gaussian_denoiser(s), z, steps=n).item() - limit) for n in (64, 128, 256)]
+    errors = [abs(heun(ideal(s), z, steps=n).item() - limit) for n in (64, 128, 256)]
     for coarse, fine in zip(errors, errors[1:]):
         assert 3.6 < coarse / fine < 4.4
 
@@ -529,13 +522,15 @@ def test_draw_sigma_has_the_distribution_it_names():
 
 
 def test_parse_sigma():
-    """Two distributions, spaces allowed; everything else is one clear ValueError that quotes the text."""
+    """Name and two numbers, spaces allowed; everything else is one clear ValueError that quotes the text."""
     assert parse_sigma("lognormal( -1.2 , 1.4 )") == ("lognormal", -1.2, 1.4)
     assert parse_sigma("karras(0.002,80)") == ("karras", 0.002, 80.0)
+    assert parse_sigma("sd(20,980)") == ("sd", 20.0, 980.0)
     wrong = ("", "lognormal", "lognormal(1)", "lognormal(1,2,3)", "uniform(0,1)", "karras(a,b)", "karras(2,1)",
-             "karras(0,1)", "karras(1,1)", "lognormal(0,0)", "lognormal(0,-1)", "lognormal(0,inf)", "karras(1,nan)")
+             "karras(0,1)", "karras(1,1)", "lognormal(0,0)", "lognormal(0,-1)", "lognormal(0,inf)", "karras(1,nan)", "sd(980,20)", "sd(0.5,9)",
+             "sd(0,1000)")
     for spec in wrong:
-        with pytest.raises(ValueError, match="noise distribution"):
+        with pytest.raises(ValueError, match=re.escape(repr(spec))):
             parse_sigma(spec)
 
 
