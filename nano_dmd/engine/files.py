@@ -68,9 +68,9 @@ def blame(what, advice=""):
 
 
 def first_line(error, length=120):
-    """What an exception says, in one short line; its type where it says nothing."""
+    """What an exception says, in one short line without colours; its type where it says nothing."""
     said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return said.splitlines()[0][:length]
+    return re.sub("\x1b\\[[0-9;]*m", "", said.splitlines()[0])[:length]
 
 
 @functools.lru_cache(maxsize=None)
