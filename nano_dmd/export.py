@@ -52,9 +52,9 @@ def timesteps(cfg):
     for sigma in cfg.sigma_list():
         index = (table / sigma).log().abs().argmin().item()
         if abs(table[index].item() / sigma - 1) > 1e-4:
-            raise UserError(f"sigma {sigma:g} is not a timestep of Stable Diffusion (the nearest, "
-                            f"{index}, "
-                            f"is {table[index]:g}): train with --sigmas t999 and the like")
+            raise UserError(f"sigma {sigma:g} is not a timestep of Stable Diffusion (the "
+                            f"nearest, {index}, is {table[index]:g}): train with --sigmas t999 "
+                            "and the like")
         found.append(index)
     return found
 

@@ -65,8 +65,7 @@ def main(argv=None):
     p.add_argument("run", help="a run folder")
     p.add_argument("--n", type=number(1, 10**7), default=64, help="number of samples")
     p.add_argument("--out", default="samples.png", help=".png for people, .npy for numbers")
-    p.add_argument("--class", dest="label", type=number(0, 10**6), help="one class, not all in "
-                                                                        "turn")
+    p.add_argument("--class", dest="label", type=number(0, 10**6), help="one class alone")
     p.add_argument("--prompt", help="for text to image (default: the prompts of the training)")
     p.add_argument("--seed", type=number(0, 2**63 - 1), default=0, help="same seed, same samples")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda")

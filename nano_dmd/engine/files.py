@@ -238,7 +238,7 @@ def load_tensors(path, wanted=None):
         tensors = load_safetensors(data)
     if problem := wrong_tensors(tensors, wanted) if wanted else "":
         raise UserError(f"{path} is damaged: {problem}; {MADE_AGAIN}")
-    return tensors
+    return {name: t.to(wanted[name][0]) for name, t in tensors.items()} if wanted else tensors
 
 
 def own_state(module):

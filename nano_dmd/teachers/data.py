@@ -328,8 +328,7 @@ def load_data(name, device="cpu", flip=False):
     path = Path(os.path.abspath(name))
     if not (os.path.isdir(path) or os.path.isfile(path)):
         raise UserError(f"no data set {name!r:.200}: use digits, cifar10, toy:NAME, a folder of "
-                        "images or "
-                        "a .zip made by EDM's tool")
+                        "images or a .zip made by EDM's tool")
     names, read = list_folder(path) if path.is_dir() else list_zip(path)
     tell_left_out(path, names)
 

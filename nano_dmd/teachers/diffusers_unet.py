@@ -118,8 +118,8 @@ def converted(name):
     others = [k for k, v in index.items() if k not in ("unet", "scheduler")
               and isinstance(v, (list, tuple)) and any(v)]
     if kind not in PIPELINES or others:
-        raise UserError(f"{name} is a {kind} {' '.join(others)}: teachers here are DDPM, DDIM or "
-                        "PNDM pipelines with a UNet2DModel in pixels, or Stable Diffusion 1 and 2")
+        raise UserError(f"{name} is a {' with '.join([kind, *others])}: teachers here are DDPM, DDIM "
+                        "or PNDM pipelines with a UNet2DModel in pixels, or Stable Diffusion 1 and 2")
     scheduler, unet = noise_table(name), part(UNet2DModel, name, "unet")
     config, side = dict(unet.config), square(unet.config["sample_size"])
     halved = [getattr(b, "downsamplers", None) or getattr(b, "resnet_down", None)
@@ -129,16 +129,15 @@ def converted(name):
         raise UserError(f"{name} maps {config['in_channels']} channels of {config['sample_size']} "
                         f"pixels to {config['out_channels']}: not a model of square images")
     if config["time_embedding_type"] == "fourier" or config["class_embed_type"]:
-        raise UserError(f"{name} is told noise levels by {config['time_embedding_type']} and "
-                        f"classes by {config['class_embed_type']} embedding: not supported")
+        raise UserError(f"{name} has time_embedding_type {config['time_embedding_type']} and "
+                        f"class_embed_type {config['class_embed_type']}: not supported")
     args = dict(unet={k: v for k, v in config.items() if not k.startswith("_")},
                 alphas_cumprod=scheduler.alphas_cumprod.double().tolist(),
                 prediction_type=scheduler.config.prediction_type)
     denoiser = denoiser_from_config(**args)
     if denoiser.sigmas[-1] < 5:                    # samples begin with pure noise
         raise UserError(f"the noise of {name} ends at sigma {denoiser.sigmas[-1]:.3g}, where "
-                        "images "
-                        "still show: it cannot be a teacher here")
+                        "images still show: it cannot be a teacher here")
     denoiser.net.unet.load_state_dict(unet.state_dict())
     return denoiser, dict(network="diffusers", args=args, sigma_data=0.5, bf16=False, data="",
                           shape=[config["in_channels"], side, side], seconds=0, cpu_seconds=0,
@@ -183,7 +182,7 @@ def noise_table(name):
         scheduler = getattr(diffusers, f"{kind}Scheduler").from_config(config)
         abar = scheduler.alphas_cumprod
         if not ((abar > 0) & (abar < 1)).all() or not (abar.diff() < 0).all():
-            raise ValueError("its noise does not rise from little to much")
+            raise ValueError("its noise does not rise from little to much: no teacher")
     return scheduler
 
 
@@ -220,10 +219,11 @@ def complete(model, info, what):
     ours = type(model).__module__.startswith("diffusers")
     strange = sorted(map(str, info["unexpected_keys"])) if ours else []
     if absent or strange:
-        why = f"it has no {absent[0]}" if absent else f"it has an unknown {strange[0]}"
+        why = ", ".join([f"no {n}" for n in absent[:1]] + [f"an unknown {n}" for n in strange[:1]])
         if strange and strange[0].startswith(("module.", "_orig_mod.")):
             why += ", so a wrapped network was saved: save the one inside"
-        raise UserError(f"{what} is no {type(model).__name__} as its config describes: {why}")
+        kind = type(model).__name__
+        raise UserError(f"{what} is no {kind} as its config describes: it has {why}")
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             raise UserError(f"{what} is damaged: {name} holds a number that is not finite")

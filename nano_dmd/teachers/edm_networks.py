@@ -353,8 +353,7 @@ def edm_network(model_type="", use_fp16=False, sigma_min=0.0, sigma_max=math.inf
     for name, value in args.items():
         if name not in known:
             raise UserError(f"{model_type} has no argument {name!r:.40} (= {value!r:.40}); it "
-                            "takes "
-                            f"{', '.join(known)}")
+                            f"takes {', '.join(known)}")
         if not fits(name, value):
             raise UserError(f"{model_type} cannot be built with {name} = {value!r:.40}")
     for name in ("img_resolution", "img_channels"):

@@ -190,8 +190,7 @@ def embeddings(model, texts, batch=32):
         with torch.no_grad():
             yield from encoder(ids.to(device))[0].float().cpu().numpy().astype(np.float16)
     if cut:
-        print(f"WARNING: {cut} of {len(texts)} prompts are longer than {length} tokens and were "
-              "cut")
+        print(f"WARNING: {cut} of {len(texts)} prompts are longer than {length} tokens: cut")
 
 
 def read_prompts(model, path):

@@ -14,6 +14,7 @@ from nano_dmd.teachers import diffusers_unet
 from nano_dmd.engine.files import UserError
 from nano_dmd.engine.runs import load_run
 from nano_dmd.teachers.diffusers_unet import DiffusersUNet
+from nano_dmd.teachers.zoo import save_teacher
 from nano_dmd.teacher import load_teacher
 
 SMALL = dict(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
@@ -105,7 +106,7 @@ def test_models_that_cannot_be_teachers(tmp_path, monkeypatch):
 def test_a_teacher_file_that_lies(tmp_path):
     """teacher.json with another table or another prediction type: a UserError, not a wrong teacher."""
     pipeline(tmp_path / "model")
-    train.save_teacher(tmp_path / "copy", *(lambda t: (t.net, t.recipe))(load_teacher(str(tmp_path / "model"))))
+    save_teacher(tmp_path / "copy", *(lambda t: (t.net, t.recipe))(load_teacher(str(tmp_path / "model"))))
     recipe = json.loads((tmp_path / "copy" / "teacher.json").read_text())
     for broken in (dict(recipe["args"], prediction_type="flow"), dict(recipe["args"], alphas_cumprod=[0.5, 0.4])):
         (tmp_path / "copy" / "teacher.json").write_text(json.dumps(dict(recipe, args=broken)))
@@ -204,7 +205,7 @@ def test_features_of_networks_of_another_build(changes, tmp_path):
 
 
 @pytest.mark.parametrize("change, said", [
-    (lambda t: {f"module.{k}": v for k, v in t.items()}, "no conv_in.bias, it has an unknown module.conv_in.bias, so a wrapped"),
+    (lambda t: {f"module.{k}": v for k, v in t.items()}, "no conv_in.bias, an unknown module.conv_in.bias, so a wrapped"),
     (lambda t: {f"_orig_mod.{k}": v for k, v in t.items()}, "_orig_mod.conv_in.bias, so a wrapped network was saved"),
     (lambda t: dict(list(t.items())[1:]), "it has no "), (lambda t: t | {"more": torch.zeros(1)}, "it has an unknown more"),
     (lambda t: {k: v.fill_(torch.nan) for k, v in t.items()}, "holds a number that is not finite")])
@@ -238,7 +239,7 @@ def test_guidance_needs_a_teacher_with_no_class(tmp_path, capsys, quick):
             with pytest.raises(UserError, match=f"{option[0]} {float(option[1])} needs a teacher.*{said}"):
                 train.main([*flags, "--teacher", str(tmp_path / name), *option, "--out", str(tmp_path / "run")])
     train.main([*flags, "--guidance", "2", "--out", str(tmp_path / "run")])
-    assert "note: digits was not trained here to be asked without a class" in capsys.readouterr().err
+    assert "note: digits was not trained to be asked without a class" in capsys.readouterr().err
 
 
 def test_the_hub_is_asked_once_and_its_copy_is_used(tmp_path, monkeypatch):

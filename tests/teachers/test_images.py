@@ -96,7 +96,7 @@ def test_labelled_writes_beside_rows_and_above_columns():
 
 
 def test_evaluate_with_inception(flags, images, tmp_path, monkeypatch, capsys, quick):
-    """evaluate --metric fid,kid hands n images of the run, and the data, to fid.inception_metrics, and prints what it says."""
+    """evaluate --metric fid,kid hands n images of the run, and the data, to inception_metrics, and prints what it says."""
     train.main(flags)
     seen = {}
 
@@ -104,7 +104,7 @@ def test_evaluate_with_inception(flags, images, tmp_path, monkeypatch, capsys, q
         seen.update(images=torch.cat(list(made)), reference=reference, wanted=wanted, weights=weights)
         return {"fid": 12.5, "kid": 0.25}
 
-    monkeypatch.setattr(evaluate.fid, "inception_metrics", metrics)
+    monkeypatch.setattr(evaluate.inception, "inception_metrics", metrics)
     argv = [str(tmp_path / "run"), "--metric", "kid,fid", "--n", "7", "--batch", "3", "--inception-weights", "w.pth",
             "--device", "cpu"]
     evaluate.main(argv)
@@ -280,7 +280,8 @@ def test_wandb_gets_the_numbers_of_the_log(flags, tmp_path, monkeypatch, quick):
     assert [step for step, _ in sent] == [2, 4] and "grad/dmd_loss" in sent[0][1]
     train.main(["--resume", "--out", str(tmp_path / "run")])      # the same run there
     assert begun[0]["id"] == begun[1]["id"] and begun[1]["resume"] == "allow" and len(begun[0]["id"]) == 16
-    assert progress.run_id(tmp_path / "run", 0) != begun[0]["id"]                     # a new run in an old folder is another
+    progress.tracker(resolve(dict(log_to="wandb")), tmp_path / "run")                 # a new run in an old folder is another
+    assert begun[2]["id"] != begun[0]["id"]
 
 
 def test_tensorboard_after_a_resume_begins_behind_the_checkpoint(flags, tmp_path, monkeypatch, quick):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,17 +21,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from nano_dmd import evaluate, export, sample, train
-from nano_dmd.engine import build, runs
+from nano_dmd.engine import build, prepare, progress, runs
 from nano_dmd.metrics import text
+from nano_dmd.engine.config import resolve
 from nano_dmd.engine.files import UserError, load_tensors
 from nano_dmd.fake_score import FakeScore, denoising_loss
 from nano_dmd.gan import Discriminator
 from nano_dmd.generator import Generator
 from nano_dmd.teachers.diffusers_unet import lpips
-from nano_dmd.engine.lora import sharing_copy
+from nano_dmd.engine.lora import lora_copy, sharing_copy
 from nano_dmd.networks import MLP
 from nano_dmd.engine.draw import Batch
-from nano_dmd.noise import draw_noise, draw_sigma, sd_sigmas
+from nano_dmd.noise import draw_sigma, sd_sigmas
 from nano_dmd.real_score import RealScore
 from nano_dmd.teachers.text_networks import RANDOM
 from nano_dmd.teachers.text_to_image import (Latents, Prompts, captioned, differentiable_decoder,
@@ -195,7 +197,7 @@ def test_prompts_are_encoded_once(sd, monkeypatch):
     for row, text in zip(found, ("fog", "a red cube")):
         expected = pipe.encode_prompt(text, "cpu", 1, False)[0][0]
         torch.testing.assert_close(row, expected, rtol=1e-3, atol=1e-3)
-    monkeypatch.setattr("nano_dmd.stable_diffusion.embeddings", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr("nano_dmd.teachers.text_to_image.embeddings", lambda *_: pytest.fail("encoded again"))
     assert torch.equal(Prompts(sd, PROMPTS)[torch.tensor([2, 0])], found)
 
 
@@ -208,7 +210,7 @@ def test_lora_critic_starts_as_the_teacher_and_never_changes_it(sd):
     """Exactly equal before training; afterwards only low-rank weights have moved, the teacher's not by one bit."""
     teacher = load_teacher(sd)
     before = {k: v.clone() for k, v in teacher.net.state_dict().items()}
-    fake = FakeScore(teacher.net, rank=4)
+    fake = FakeScore(teacher.net, copy=partial(lora_copy, rank=4))
     x, sigma, text = torch.randn(2, 4, 8, 8), sd_sigmas()[[100, 900]], Prompts(sd, PROMPTS)[torch.arange(2)]
     torch.testing.assert_close(fake(x, sigma, text), teacher.net(x, sigma, text), rtol=0, atol=0)
     assert all("lora_" in n for n, p in fake.named_parameters() if p.requires_grad) and fake.trained
@@ -235,7 +237,7 @@ def test_checkpointing_meets_the_right_network(which, sd):
     for checkpointing in (False, True):
         torch.manual_seed(0)
         teacher = load_teacher(sd)
-        fake = FakeScore(teacher.net, rank=4)
+        fake = FakeScore(teacher.net, copy=partial(lora_copy, rank=4))
         for p in fake.trained:
             p.data += 0.05 * torch.randn_like(p)
         for net in (teacher.net, fake.net):
@@ -251,7 +253,7 @@ def test_checkpointing_meets_the_right_network(which, sd):
 
 def test_a_sharing_copy_copies_only_what_is_trained(sd):
     teacher = load_teacher(sd)
-    student = Generator(teacher.net, [sd_sigmas()[999].item()], rank=4, unit=True)
+    student = Generator(teacher.net, [sd_sigmas()[999].item()], unit=True, copy=partial(lora_copy, rank=4))
     twin = sharing_copy(student)
     for (name, a), b in zip(student.named_parameters(), twin.parameters()):
         assert (a is b) == ("lora_" not in name), name
@@ -280,10 +282,10 @@ def test_critic_loss_is_the_plain_error_of_eps(w, dropped, sd):
     x, cfg = torch.randn(4, 4, 8, 8), SimpleNamespace(critic_sigma="sd(0,999)")
     seen = torch.cat([text[:2], empty.expand(2, -1, -1)]) if dropped else text
     torch.manual_seed(1)
-    loss = denoising_loss(x, nets, Batch(x[None], text, fake_cond=seen if dropped else None), cfg)
+    loss = denoising_loss(x, nets, Batch(x[None], text, fake_cond=seen if dropped else None), cfg).mean()
     torch.manual_seed(1)
     sigma = draw_sigma(cfg.critic_sigma, 4, x.device)
-    noise, s = draw_noise(x), sigma[:, None, None, None]
+    noise, s = torch.randn(x.shape), sigma[:, None, None, None]
     t, x_vp = (sd_sigmas()[None] - sigma[:, None]).abs().argmin(1), (x + s * noise) / (1 + s**2).sqrt()
     with torch.no_grad():
         c, u = (unet(x_vp, t, encoder_hidden_states=e).sample for e in (seen, empty.expand(4, -1, -1)))
@@ -295,8 +297,8 @@ def test_critic_loss_is_the_plain_error_of_eps(w, dropped, sd):
 
 def test_prompts_are_dropped_for_the_critic_alone(sd, prompts):
     """A share critic_dropout of fake_cond is the empty prompt (5 standard deviations), the rest what cond is; cond keeps all."""
-    cfg = train.resolve(dict(preset="sd15-sid", teacher=sd, prompts=prompts, batch=4000, device="cpu", critic_dropout=0.3))
-    teacher, _, _, draw = build.prepare(cfg, torch.device("cpu"))
+    cfg = resolve(dict(preset="sd15-sid", teacher=sd, prompts=prompts, batch=4000, device="cpu", critic_dropout=0.3))
+    teacher, _, _, draw = prepare.prepare(cfg, torch.device("cpu"))
     batch = draw()
     empty = (batch.fake_cond == teacher.net.net.empty).flatten(1).all(1)
     assert abs(empty.sum() - 1200) < 5 * (4000 * 0.3 * 0.7) ** 0.5
@@ -381,8 +383,8 @@ def test_every_line_of_the_presets_is_tried():
 @pytest.fixture
 def fast(monkeypatch):
     """Two Heun steps for the pictures, no diagrams."""
-    heun = build.heun
-    monkeypatch.setattr(build, "heun", lambda *args, **kwargs: heun(*args, **{**kwargs, "steps": 2}))
+    heun = progress.heun
+    monkeypatch.setattr(progress, "heun", lambda *args, **kwargs: heun(*args, **{**kwargs, "steps": 2}))
     monkeypatch.setattr(train, "have_matplotlib", lambda: False)
 
 
@@ -411,12 +413,12 @@ def test_presets_train_resume_and_report(preset, option, sd, prompts, photos, tm
     class Stop(Exception):
         pass
 
-    def stop(*args, real=train.save_checkpoint):
+    def stop(*args, real=progress.save_checkpoint):
         real(*args)
         raise Stop
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(train, "save_checkpoint", stop)
+        patch.setattr(progress, "save_checkpoint", stop)
         train.main([*argv, "--out", str(tmp_path / "parts")])
     train.main([*argv, "--out", str(tmp_path / "parts"), "--resume"])
     whole, parts = (load_tensors(tmp_path / name / "generator.safetensors") for name in ("whole", "parts"))
@@ -460,7 +462,7 @@ def test_an_offloaded_teacher_visits_the_device(monkeypatch):
     home = [p.data_ptr() for p in net.parameters()]
     net.net.out.register_forward_hook(lambda module, *_: where.append(module.weight.data_ptr()))
     expected = net(torch.ones(3, 2), torch.ones(3))
-    build.lend(net, "cpu")
+    build.offload(net, "cpu")
     assert where.pop() in home
     monkeypatch.setattr(torch.Tensor, "to", lambda t, target, non_blocking=False: t.clone())
     assert torch.equal(net(torch.ones(3, 2), torch.ones(3)), expected) and where[0] not in home
@@ -490,7 +492,7 @@ def test_second_stage_starts_from_the_first(sd, prompts, photos, tmp_path, fast)
     """--init RUN: generator and fake score begin with that run's weights."""
     common = ["--teacher", sd, "--prompts", prompts, *RUN]
     train.main(["--preset", "sd15-dmd2", *common, "--out", str(tmp_path / "first")])
-    cfg = train.resolve(
+    cfg = resolve(
         {
             "preset": "sd15-dmd2-gan",
             "teacher": sd,
@@ -500,7 +502,7 @@ def test_second_stage_starts_from_the_first(sd, prompts, photos, tmp_path, fast)
             "init": str(tmp_path / "first"),
         }
     )
-    _, nets, _, _ = build.prepare(cfg, torch.device("cpu"))
+    _, nets, _, _ = prepare.prepare(cfg, torch.device("cpu"))
     saved = torch.load(tmp_path / "first" / "checkpoint.pt", weights_only=True)["nets"]
     for name in ("generator", "fake"):
         assert all(torch.equal(v, getattr(nets, name).state_dict()[k]) for k, v in saved[name].items())
@@ -625,8 +627,9 @@ def test_mistakes_get_one_sentence(sd, prompts, photos, tmp_path, fast):
         "cannot look into .*nothing",
     )
     complain(["--preset", "sd15-dmd2", "--teacher", sd, "--prompts", prompts, "--no-bf16"], "half_frozen")
-    complain(["--preset", "sd15-sid", "--offload_teacher"], "--offload_teacher takes the teacher off the device")
-    complain(["--preset", "sd15-dmd2", "--lora_critic", "2", "--offload_teacher"], "LoRA computes with its weights")
+    complain(["--preset", "sd15-sid", "--offload_teacher", "--teacher", "random:tiny", "--prompts", prompts, "--batch", "2",
+              "--device", "cpu", "--out", str(tmp_path / "offload")], "this method differentiates through the teacher")
+    complain(["--preset", "sd15-dmd2", "--lora_critic", "2", "--offload_teacher"], "that LoRA uses")
     (no_captions / "a.txt").write_text("fog")
     (no_captions / "b.png").write_bytes(b"no image")
     (no_captions / "b.txt").write_text("fog")
@@ -707,14 +710,14 @@ def test_evaluate_measures_a_student(sd, prompts, photos, tmp_path, fast, monkey
         seen.extend([torch.cat(list(images)), torch.cat(list(reference))])
         return {"fid": 12.5}
 
-    monkeypatch.setattr("nano_dmd.fid.inception_metrics", inception)
+    monkeypatch.setattr("nano_dmd.metrics.text.inception_metrics", inception)
     evaluate.main([run, "--metric", "fid,clip", "--n", "5", "--reference", photos, "--clip-model", name, "--device", "cpu"])
     assert [(v.shape, v.dtype) for v in seen] == [((5, 3, 256, 256), torch.uint8), ((4, 3, 256, 256), torch.uint8)]
     out = capsys.readouterr().out
     assert "12.5" in out and "clip" in out
     for argv, said in (
-        ([], "are measured by --metric"),
-        (["--metric", "sw2"], "are measured by --metric"),
+        ([], "choose from fid, clip"),
+        (["--metric", "sw2"], "choose from fid, clip"),
         (["--metric", "fid"], "give --reference"),
         (["--metric", "fid", "--reference", str(tmp_path / "clip")], "no images in"),
         (["--metric", "clip", "--clip-model", str(tmp_path)], "cannot load the CLIP model"),
@@ -840,15 +843,15 @@ def test_prompts_with_a_mark_are_the_same_prompts(tmp_path):
 def test_a_class_is_no_prompt(sd, prompts, tmp_path, fast):
     run = str(tmp_path / "run")
     train.main(["--preset", "sd15-dmd2", "--teacher", sd, "--prompts", prompts, *RUN, "--out", run])
-    with pytest.raises(UserError, match="--class 3: .* has no classes; give --prompt"):
+    with pytest.raises(UserError, match="--class 3: .* told by prompts, give --prompt"):
         sample.main([run, "--class", "3", "--out", str(tmp_path / "x.png"), "--device", "cpu"])
 
 
 @pytest.mark.parametrize("part, change, said", [
     ("vae", lambda folder: AutoencoderTiny().save_pretrained(folder), "the vae of .* is a AutoencoderTiny"),
     ("vae", lambda folder: spoil(folder, "latent_channels", 16), "cannot load the vae of"),
-    ("unet", lambda folder: spoil(folder, "encoder_hid_dim", 32), "also encoder_hid_dim"),
-    ("unet", lambda folder: spoil(folder, "time_cond_proj_dim", 32), "also time_cond_proj_dim"),
+    ("unet", lambda folder: spoil(folder, "encoder_hid_dim", 32), "encoder_hid_dim"),
+    ("unet", lambda folder: spoil(folder, "time_cond_proj_dim", 32), "time_cond_proj_dim"),
     ("unet", lambda folder: spoil(folder, "sample_size", [8, 16]), r"sample_size \[8, 16\]"),
     ("text_encoder", lambda folder: cut(folder), "the text_encoder of .* describes: it has no")])
 def test_parts_of_another_model_are_refused_before_training(part, change, said, sd, tmp_path):
