@@ -43,20 +43,22 @@ from tqdm import tqdm
 
 import toy.__main__ as race
 from nano_dmd import compare, evaluate, plot, sample, train
-from nano_dmd.engine import build, config, files, pictures, runs
-from nano_dmd.metrics import images
-from nano_dmd.teachers import data, text_to_image
+from nano_dmd.engine import files, pictures, progress, runs
+from nano_dmd.engine.config import Config, read_config, resolve
+from nano_dmd.metrics import images as image_metrics
 from nano_dmd.teacher import load_teacher
+from nano_dmd.teachers import data, text_to_image
 from tutorials import grade
 
 SENTENCE, EITHER, WORKS = "sentence", "either", "works"
 FAULTS = ("traceback", "hang", "crash", "accepted", "refused")
 LIMIT, GRACE, MEMORY = 10, 15, 2**30               # s, s, bytes on top of what torch takes
-BATCH, RECORD = 20, 1024                           # cases to a process; bytes it sends about each
+BATCH, RECORD = 20, 2048                           # cases to a process; bytes it sends about each
 FLAGS = ("--preset=toy --method=sid --device=cpu --teacher_steps=2 --steps=1 --batch=8 "
          "--out=o").split()
 REGRESSION = ["--method=regression", "--pairs=8", "--pair_steps=2", "--no-control"]
 LONG, DEEP, DIGITS = "A" * 5000, "[" * 100_000 + "]" * 100_000, "7" * 5000
+HOUSE = ("nano_dmd", "engine", "teachers", "metrics", "toy", "tutorials", "assignments")
 BASE, REACHED, ABSENT = [], [], set()              # base folder; runs begun; not in this code
 Case = namedtuple("Case", "kind name run expect")
 
@@ -206,10 +208,13 @@ def whole(rng, good=b'{"a": 1}'):
 
 
 def changes(rng, wrong, odd, n):
-    """(path, value, expectation) of {path: values, or a type: n values of other types}."""
+    """(path, value, expectation) of {path: values, or a type: n values of other types}.
+
+    What odd has is not wrong.
+    """
     for path, values in wrong.items():
         values = values if isinstance(values, list) else rng.sample(WRONG[values], n)
-        yield from [(path, value, SENTENCE) for value in values]
+        yield from [(path, value, SENTENCE) for value in values if value not in odd.get(path, [])]
     yield from [(path, value, EITHER) for path, values in odd.items() for value in values]
 
 
@@ -223,7 +228,7 @@ def train_with(*flags):
 
 
 USES = {  # what a run folder is good for
-    "resume": lambda run: train.main(["--resume", f"--out={run}"]), "read": config.read_config,
+    "resume": lambda run: train.main(["--resume", f"--out={run}"]), "read": read_config,
     "load": runs.load_run, "teacher": lambda run: load_teacher(str(run), show=False),
     "init": lambda run: train_with(f"--init={run}"),
     "distil": lambda run: train_with(f"--teacher={run}"),
@@ -298,7 +303,7 @@ def floats(name, rng):
     yield from [(v, EITHER) for v in [rng.choice([*ODD_FLOAT, repr(rng.lognormvariate(0, 5))])]]
     yield "-1", EITHER if name in ("guidance", "fake_guidance", "alpha") else SENTENCE
     yield "5", SENTENCE if name in ("beta1", "beta2", "critic_dropout") else EITHER
-    yield str(getattr(config.Config, name)), EITHER if name in ("w_gan", "w_disc") else WORKS
+    yield str(getattr(Config, name)), EITHER if name in ("w_gan", "w_disc") else WORKS
 
 
 def strings(name, rng):
@@ -315,7 +320,7 @@ def strings(name, rng):
 
 def flags(rng):
     argvs = [(argv, expect) for expect, some in ARGV.items() for argv in some]
-    for f in fields(config.Config):
+    for f in fields(Config):
         kind, name, more = type(f.default), f.name, CONTEXT.get(f.name, [])
         if kind is bool:
             argvs += [([f"--{name}=yes"], SENTENCE), ([f"--no-{name}=0"], SENTENCE)]
@@ -335,20 +340,20 @@ ODD = {int: [True, 3.0], bool: [0, 1], float: [True, 10**17], str: [LONG, "\0", 
 def config(rng):
     uses = [("toy", "read"), ("toy", "load"), ("toy", "sample"), ("half", "resume")]
     rows = whole(rng)
-    for f in fields(config.Config):
+    for f in fields(Config):
         kind = type(f.default)
         odd = {f.name: rng.sample(ODD[kind], 1)} if f.name not in LOOPS else {}
         table = changes(rng, {f.name: rng.sample([v for v in WRONG[kind] if v != DROP], 2)}, odd, 0)
         rows += [(f"{p}={show(v)}", partial(as_json, p, v), expect) for p, v, expect in table]
     rows += [(f"no {f.name}", partial(as_json, f.name, DROP), EITHER)
-             for f in rng.sample(fields(config.Config), 9) if f.name not in LOOPS]
+             for f in rng.sample(fields(Config), 9) if f.name not in LOOPS]
     rows += [("extra", partial(as_json, "extra", 1), SENTENCE), ("same", lambda old: old, WORKS)]
     for name, content, expect in rows:
         run, use = rng.choice(uses[:3] if name.startswith(tuple(SLOW)) else uses)
         yield spoilt(run, "config.json", name, content, expect, use)
 
 
-# 3. files.pt.
+# 3. checkpoint.pt.
 
 GROUP, MOMENT = "opts.generator.param_groups.0.", "opts.generator.state.0.exp_avg"
 STATE = dict.fromkeys(["nets", "nets.generator", "nets.fake", "nets.ema", "opts", "opts.generator"],
@@ -362,7 +367,8 @@ BAD_STATE = {"step": [-5, 10**9], "seconds": [[math.nan] * 2], "processes": [0],
              "config.seed": [7], "config": [None, {}, "x"]}
 BAD_STATE |= {path: [DROP] for path in [*STATE][:-1] if path not in BAD_STATE}
 ODD_STATE = {"nets.fake.last": [*LOSSLESS], "step": [True, 4], "extra": [1], "nets.real": [{}],
-             "rng.1": ["x"], "processes": [10**9], "opts.generator.state": [{}],
+             "rng.0": ["@flat"], "rng.1": ["x"], "rng.2": ["@flat"],
+             "processes": [10**9], "opts.generator.state": [{}],
              GROUP + "lr": ["x"]}
 ZIPS = {"method 99": partial(directory, 10, b"\x63\0"), "encrypted": partial(directory, 8, b"\1"),
         "text": b"hello", "empty": b"", "nothing in it": b"PK\5\6" + bytes(18),
@@ -435,7 +441,7 @@ def weights(rng):
 
 def classify():
     digits = data.load_data("digits")
-    images.digit_classifier(digits).features(digits.x[:4])
+    image_metrics.digit_classifier(digits).features(digits.x[:4])
 
 
 def prompted(path):
@@ -486,15 +492,16 @@ def cache(rng):
 
 LINE = {"step": float, "x_mean": float, "spread": float, "mesm": list, "fake_loss": list,
         "grad": dict}
-BAD_LINE = {"grad": [{"x": "y"}], "mesm": [["x"] * 5],
-            "by_sigma": [{"x": 3}, 3, None, [], "x", DROP]}
-ODD_LINE = {"by_sigma": [{}, {"x": [1.0]}], "by_sigma.last": [[None] * 6, DROP],
-            "teacher": [3, [], DROP], "sid_loss": ["x", DROP], "step": [-1, "@1e400", 10**30],
-            "x_mean": ["@1e400", None],
+BAD_LINE = {"grad": [{"x": "y"}], "mesm": [["x"] * 5]}
+ODD_LINE = {"by_sigma": [{}, {"x": [1.0]}, {"x": 3}, 3, None, [], "x", DROP],
+            "by_sigma.last": [[None] * 6, DROP], "grad": [{}], "teacher": [3, [], DROP],
+            "sid_loss": ["x", DROP], "step": [-1, "@1e400", 10**30],
+            "x_mean": ["@1e400", None], "spread": [None],
             "mesm": [[1e30] * 5, [math.nan] * 5, [0] * 5, [-1] * 5], "x_std": [1e30, None]}
 REPORT = {"rows": dict, "rows.sid": dict, "cpu_seconds": float, "seconds": float,
           "rows.sid.sw2": ["x", [], {}, "@deep", "@digits"]}
-ODD_REPORT = {"rows.teacher": [DROP, None, {}], "rows.teacher.sw2": ["x", None], "extra": [1],
+ODD_REPORT = {"rows.sid": [{}], "rows.teacher": [DROP, None, {}],
+              "rows.teacher.sw2": ["x", None], "extra": [1],
               "rows.sid.sw2": [DROP, None, math.nan, 10**30]}         # None: it could not be told
 FOUND = json.dumps(dict(rows={"teacher": {"sw2": 1.0, "NFE": 35}, "sid": {"sw2": 2.0, "NFE": 1}},
                         cpu_seconds=1.0, seconds=2.0))
@@ -528,7 +535,7 @@ def no_runs(main, argv):
 def reported(content):
     """compare finds a run that is done; its report is another one."""
     wanted = dict(preset="toy", method="sid", control=False)
-    put("cmp/sid/0/config.json", json.dumps(asdict(config.resolve(wanted))))
+    put("cmp/sid/0/config.json", json.dumps(asdict(resolve(wanted))))
     put("cmp/sid/0/report.json", content)
     no_runs(compare.main, ["--preset=toy", "--seeds=1", "--out=cmp", "sid"])
 
@@ -777,7 +784,7 @@ def all_cases(seed, only=None):
 # Running them.
 
 def quick():
-    """Runs without pictures and the final evaluation, as far as the code has these names."""
+    """Runs without pictures and the final evaluation."""
     def rows(net, teacher, data, label, *args, **more):
         return {"teacher": {"NFE": 35, "seconds": 1.0}, label: {"NFE": len(net.sigmas)}}
 
@@ -787,13 +794,14 @@ def quick():
     for where, name, value in [
             (train, "have_matplotlib", lambda: False),
             (pictures, "save_picture", lambda *args: None),
-            (evaluate, "rows", rows), (evaluate, "measure", lambda *args, **more: {"sw2": 1.0}),
-            (assemble, "heun", lambda denoiser, z, cond=None, **more: 0.5 * z),
-            (getattr(assemble, "Peek", None), "save", lambda *args, **more: None),
-            (getattr(stable_diffusion, "hub", None), "version", lambda *args: "1"),
-            (stable_diffusion, "moments", moments), (os, "fsync", lambda file: None)]:
-        if hasattr(where, name):
-            setattr(where, name, value)
+            (evaluate, "report_rows", rows),
+            (evaluate, "measure", lambda *args, **more: {"sw2": 1.0}),
+            (progress, "heun", lambda denoiser, z, cond=None, **more: 0.5 * z),
+            (progress.Progress, "save_samples", lambda *args, **more: None),
+            (text_to_image.hub, "version", lambda *args: "1"),
+            (text_to_image, "vae_moments", moments), (os, "fsync", lambda file: None)]:
+        assert hasattr(where, name), f"{where} has no {name} to skip"
+        setattr(where, name, value)
 
 
 def prepare(base):
@@ -816,7 +824,7 @@ def prepare(base):
     labels = json.dumps({"labels": [["a.png", 0], ["b.png", 1]]})
     put("pics.zip", zipped(GOOD | {"dataset.json": labels}))
     put("prompts.txt", "one\ntwo\nthree\n")
-    evaluate.range = lambda *args: [0, 1]                         # shortens a training
+    image_metrics.range = lambda *args: [0, 1]                         # shortens a training
     for name, make in MAKERS.items():
         shutil.rmtree("o", ignore_errors=True)
         try:
@@ -824,7 +832,7 @@ def prepare(base):
         except Exception as e:
             ABSENT.add(name)
             print(f"cache without {name}: {type(e).__name__}: {e}", file=sys.__stderr__)
-    del evaluate.range
+    del image_metrics.range
     gc.freeze()
 
 
@@ -860,7 +868,7 @@ def peak():
 def place(error):
     """The innermost line of the code under test."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__
-              and Path(f.filename).parent.name in ("nano_dmd", "toy", "tutorials", "assignments")]
+              and Path(f.filename).parent.name in HOUSE]
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
 
 
