@@ -10,8 +10,8 @@ import ast
 import re
 from pathlib import Path
 
-from nano_dmd.engine.files import UserError, command, write_atomic
 from nano_dmd.engine.config import parser
+from nano_dmd.engine.files import UserError, command, write_atomic
 
 INDEX = Path(__file__).parent / "README.md"
 ENTRY = re.compile(r"\[(\w+\.py):\d+\]\((\.\./[\w/]+\.py)#L\d+\) `([\w.]+)`")

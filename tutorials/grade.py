@@ -9,8 +9,8 @@ Student code never runs in this process (assignments/isolated.py).
 import time
 from pathlib import Path
 
-from nano_dmd.engine.files import UserError, command, write_json
 from nano_dmd.engine.config import number, parser
+from nano_dmd.engine.files import UserError, command, write_json
 from tutorials.assignments.checking import PUBLIC_SEED
 from tutorials.assignments.isolated import assignment, run_task
 from tutorials.assignments.stubs import NAMES

@@ -9,8 +9,8 @@ import io
 import time
 from pathlib import Path
 
-from nano_dmd.engine.files import UserError, command, write_atomic
 from nano_dmd.engine.config import parser
+from nano_dmd.engine.files import UserError, command, write_atomic
 
 HERE = Path(__file__).parent
 NOTEBOOKS = sorted(HERE.glob("[0-9][0-9]_*.ipynb"))

@@ -11,8 +11,8 @@ import re
 import shutil
 from pathlib import Path
 
-from nano_dmd.engine.files import UserError, command
 from nano_dmd.engine.config import parser
+from nano_dmd.engine.files import UserError, command
 
 HERE = Path(__file__).parent
 SOLUTIONS = HERE / "instructor"
