@@ -555,8 +555,8 @@ def test_add_noise_broadcasts_over_samples():
 
 @pytest.mark.parametrize("adapter", [FromEps, FromV])
 def test_beyond_the_table_all_is_noise(adapter):
-    """A table that ends at sigma 12.6, asked at 80: the answer is that to the same picture of noise at 12.6, within 1e-12; up to
-    the end of the table nothing is scaled, to the bit."""
+    """A table that ends at sigma 12.6, asked at 80: the answer is that to the same picture of noise at 12.6, within 1e-12;
+    up to the end of the table nothing is scaled, to the bit."""
     abar = (1 - torch.linspace(1e-4, 0.01, 1000, dtype=torch.float64)).cumprod(0)
     denoiser = adapter(lambda x, t, cond: torch.tanh(3 * x) + expand(t / 1000, x), abar)
     end = denoiser.sigmas[-1].double()
