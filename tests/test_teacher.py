@@ -527,8 +527,8 @@ def test_parse_sigma():
     assert parse_sigma("karras(0.002,80)") == ("karras", 0.002, 80.0)
     assert parse_sigma("sd(20,980)") == ("sd", 20.0, 980.0)
     wrong = ("", "lognormal", "lognormal(1)", "lognormal(1,2,3)", "uniform(0,1)", "karras(a,b)", "karras(2,1)",
-             "karras(0,1)", "karras(1,1)", "lognormal(0,0)", "lognormal(0,-1)", "lognormal(0,inf)", "karras(1,nan)", "sd(980,20)", "sd(0.5,9)",
-             "sd(0,1000)")
+             "karras(0,1)", "karras(1,1)", "lognormal(0,0)", "lognormal(0,-1)", "lognormal(0,inf)", "karras(1,nan)",
+             "sd(980,20)", "sd(0.5,9)", "sd(0,1000)")
     for spec in wrong:
         with pytest.raises(ValueError, match=re.escape(repr(spec))):
             parse_sigma(spec)
