@@ -38,7 +38,7 @@ def notes_are_said_again():
 def quick(monkeypatch):
     """Runs without final evaluation, diagrams and the teacher's answer for the pictures: no weight depends on them."""
     monkeypatch.setattr(train, "have_matplotlib", lambda: False)
-    monkeypatch.setattr(evaluate, "rows", lambda net, teacher, data, label, images: {
+    monkeypatch.setattr(evaluate, "report_rows", lambda net, teacher, data, label, n: {
         "teacher": {"NFE": 35, "seconds": 1.0}, label: {"NFE": len(net.sigmas)}})
     monkeypatch.setattr(progress, "heun", lambda denoiser, z, cond=None, **levels: 0.5 * z)
 
@@ -48,7 +48,7 @@ def toy_run(tmp_path_factory):
     """A finished run folder (SiD on ring8, 20 steps), complete but for the metrics, which are made up: read it only."""
     out = tmp_path_factory.mktemp("runs") / "toy-sid"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "measure", lambda sample, data, draws=5, k=1, images=0: {"sw2": 1.0, "modes": 8})
+        patch.setattr(evaluate, "measure", lambda sample, data, draws=5, k=1, n=0: {"sw2": 1.0, "modes": 8})
         train.main([*TOY, "--method", "sid", "--steps", "20", "--seed", "3", "--out", str(out),
                     "--log_every", "5", "--sample_every", "10", "--save_every", "10"])
     return out

@@ -215,11 +215,11 @@ def environment():
 
 @pytest.mark.parametrize("argv, text", [
     ([], "run"), (["nowhere"], "nowhere/config.json"), (["run", "--device", "nonsense"], "no device 'nonsense'"),
-    (["run", "--draws", "many"], "'many'"), (["run", "--metric", "fid"], "'fid'"),
+    (["run", "--draws", "many"], "'many'"), (["run", "--metric", "fid"], "--metric fid"),
     (["run", "--draws", "0"], "--draws"),
 ], ids=str)
 def test_evaluate_mistakes(complain, finished, monkeypatch, argv, text):
-    monkeypatch.setattr(evaluate, "measure", lambda sample, data, draws=5, k=1, images=0: {"sw2": sum([1.0] * draws) / draws})
+    monkeypatch.setattr(evaluate, "measure", lambda sample, data, draws=5, k=1, n=0: {"sw2": sum([1.0] * draws) / draws})
     monkeypatch.setattr(evaluate, "milliseconds", lambda *a: 1.0)
     assert text in complain(argv, evaluate.main)
 

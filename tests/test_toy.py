@@ -25,7 +25,7 @@ RACE = ["--methods", "dmd2,sid", "--seeds", "2", "--steps", "40", "--sigma", "0.
 ROLES = dict(real=plots.REAL, fake=plots.FAKE, teacher=plots.TEACHER, gradient=plots.GRADIENT)
 
 
-def measure_little(sample, data, draws=5, k=1, images=0):
+def measure_little(sample, data, draws=5, k=1, n=0):
     """The metrics of 500 points instead of 250,000."""
     return points.mixture_metrics(sample(torch.randn(1, 500, 2), None), data)
 

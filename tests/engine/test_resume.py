@@ -39,7 +39,7 @@ RUNS = {
 def skip_evaluation(set_attribute):
     """What is skipped comes after the last step, or is only looked at."""
     set_attribute(train, "have_matplotlib", lambda: False)
-    set_attribute(evaluate, "rows", lambda net, teacher, data, label, images: {
+    set_attribute(evaluate, "report_rows", lambda net, teacher, data, label, n: {
         "teacher": {"NFE": 35, "seconds": 1.0}, label: {"NFE": len(net.sigmas)}})
     set_attribute(progress, "heun", lambda denoiser, z, cond=None: 0.5 * z)
 
