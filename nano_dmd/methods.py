@@ -35,8 +35,9 @@ CONTROL = "regression"                             # what distribution matching 
 
 def needs(cfg):
     """What a batch must bring for cfg.method: less where the loss that asks has weight 0."""
-    weight = {"real": cfg.w_disc, "pairs": cfg.w_reg}
-    return [name for name in METHODS[cfg.method].needs if weight[name]]
+    method, asks = METHODS[cfg.method], {"real": "w_disc", "pairs": "w_reg"}
+    off = [weight for weight, _ in method.generator + method.critic if not getattr(cfg, weight)]
+    return [name for name in method.needs if asks.get(name) not in off]
 
 
 @dataclass

@@ -30,7 +30,7 @@ MANY, TINY = 10**9, 1e-12
 @dataclass
 class Config:
     preset: str = knob("digits", "a name in presets.py")
-    method: str = knob("dmd", " | ".join(METHODS))
+    method: str = knob([*METHODS][0], " | ".join(METHODS))
     out: str = knob("", "run folder; empty = runs/PRESET-METHOD")
     seed: int = knob(0, "everything drawn in the run follows from it", 0, 2**63 - 1)
     steps: int = knob(400, "generator updates", 1, MANY)
