@@ -71,6 +71,11 @@ def functions(path):
             if isinstance(n, ast.FunctionDef)}
 
 
+def listed(found):
+    """All of it: pytest shortens what it shows."""
+    return "\n" + "\n".join(f"{k}: {found[k]}" if isinstance(found, dict) else k for k in sorted(found))
+
+
 def concept(name):
     return MODULES[f"nano_dmd.{name}"]
 
@@ -88,7 +93,7 @@ def test_no_circle_of_imports():
     graph = {name: own_modules(path) for name, path in MODULES.items()}
     while leaves := {name for name, needed in graph.items() if not needed}:
         graph = {name: needed - leaves for name, needed in graph.items() if name not in leaves}
-    assert not graph, graph
+    assert not graph, listed(graph)
 
 
 def test_a_concept_imports_torch_and_earlier_concepts():
@@ -112,7 +117,7 @@ def test_no_file_but_train_ties_everything_together():
     """At most 15 own names."""
     count = {shown(path): sum(module.split(".")[0] == "nano_dmd" for module, _ in set(imports(path))) for path in PACKAGE}
     many = {name: n for name, n in count.items() if n > 15 and name != "nano_dmd/train.py"}
-    assert not many, many
+    assert not many, listed(many)
 
 
 def test_mixtures_need_torch_alone():
@@ -135,7 +140,7 @@ def test_the_concepts_are_read_in_one_sitting():
 def test_functions_fit_a_screen():
     length = {name: n for path in CODE for name, n in functions(path).items()}
     long = {name: n for name, n in length.items() if n > 40}
-    assert not long, long
+    assert not long, listed(long)
     step, = (n for name, n in length.items() if name.endswith(" train_step"))
     assert step <= 25
     assert median(n for name in CONCEPTS for n in functions(concept(name)).values()) <= 10
@@ -145,7 +150,7 @@ def test_lines_are_short():
     """100 columns in what is read, 130 in tests and tutorials."""
     limit = {path: 100 if path in CODE else 130 for path in TEXT}
     long = Counter(shown(path) for path in TEXT for line in lines(path) if len(line) > limit[path])
-    assert not long, long
+    assert not long, listed(long)
 
 
 # ---- how it is written
@@ -156,7 +161,7 @@ def test_at_most_two_targets_in_a_packed_assignment():
     packed = [f"{shown(path)}:{node.lineno}" for path in CODE for node in ast.walk(tree(path))
               if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)
               for target in node.targets if isinstance(target, ast.Tuple) and len(target.elts) > 2]
-    assert not packed, packed
+    assert not packed, listed(packed)
 
 
 def test_no_name_has_two_meanings():
@@ -167,7 +172,7 @@ def test_no_name_has_two_meanings():
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name != "main" and node.name[0] != "_":
                 defined.setdefault(node.name, []).append(shown(path))
     twice = {name: where for name, where in defined.items() if len(where) > 1}
-    assert not twice, twice
+    assert not twice, listed(twice)
 
 
 def test_source_is_plain():

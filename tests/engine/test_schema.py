@@ -36,7 +36,8 @@ def test_kinds(value, kind, said):
 
 
 @pytest.mark.parametrize("tensors, said", [
-    (dict(a=torch.zeros(2, 3)), ""), (dict(a=torch.zeros(2, 3, dtype=torch.float16)), ""), (dict(a=torch.zeros(9, 3)), "(9, 3) in the file"),
+    (dict(a=torch.zeros(2, 3)), ""), (dict(a=torch.zeros(2, 3, dtype=torch.float16)), ""),
+    (dict(a=torch.zeros(9, 3)), "(9, 3) in the file"),
     ({}, "a is missing"), (dict(a=torch.zeros(2, 3), b=torch.zeros(1)), "b is not expected"), (dict(a=torch.zeros(2, 4)),
     "(2, 4) in the file"),
     (dict(a=torch.zeros(2)), "a is (2,) in the file"), (dict(a=torch.zeros(2, 3).int()), "holds torch.int32"),
