@@ -130,8 +130,10 @@ def test_flags_that_all_rows_share_are_not_repeated():
     assert list(compare.shorten(result)) == ["dmd2 --critic_steps 1", "dmd2 --critic_steps 5", "teacher"]
 
 
-def test_the_command_line_knows_every_method():
-    assert tuple(methods.METHODS) == config.METHOD_NAMES
+def test_the_command_line_knows_every_method(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    assert " | ".join(methods.METHODS) in capsys.readouterr().out
 
 
 # ---- compare: what counts as a finished run, and what is said of one that died
@@ -213,7 +215,7 @@ def test_what_cannot_be_told_is_a_dash_and_null():
     ("fid,kdi", "x", "no metric 'kdi'"), ("isc,fixed_fd", "x", "no metric 'fixed_fd' here, or not in one call"),
     ("", "x", "no metric ''"), ("fd", "x", "no metric 'fd'"), ("fid,", "x", "no metric ''")])
 def test_names_of_metrics(text, data, expected):
-    teacher = Teacher(None, (1, 8, 8), 10, 0.5, data, None, {})
+    teacher = Teacher("images", None, (1, 8, 8), 10, 0.5, data, None, {})
     if isinstance(expected, tuple):
         assert evaluate.wanted_metrics(text, teacher, data) == expected
         return
@@ -224,7 +226,8 @@ def test_names_of_metrics(text, data, expected):
 def test_names_of_metrics_of_points_and_of_other_channels():
     for shape, said in (((2,), "choose from sw2, in3, modes"), ((2, 8, 8), "choose from fixed_fd")):
         with pytest.raises(UserError, match=said):
-            evaluate.wanted_metrics("fid", Teacher(None, shape, 0, 0.5, "", None, {}), "")
+            kind = "points" if len(shape) == 1 else "images"
+            evaluate.wanted_metrics("fid", Teacher(kind, None, shape, 0, 0.5, "", None, {}), "")
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 12])
@@ -232,10 +235,10 @@ def test_few_images_have_the_metrics_they_can_have(count, tmp_path, capsys):
     """One image, a pair, five: a report all the same, "-" in the table, null in JSON; no number that means nothing."""
     pixels = torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = data.TensorData(pixels)
-    teacher = Teacher(lambda x, sigma, cond: 0.5 * x, (3, 8, 8), 0, 0.5, "", None, {"seconds": 0})
+    teacher = Teacher("images", lambda x, sigma, cond: 0.5 * x, (3, 8, 8), 0, 0.5, "", None, {"seconds": 0})
     generator = torch.nn.Linear(1, 1)
     generator.forward, generator.sigmas = lambda z, cond: z[0], (1.0,)
-    rows = evaluate.rows(generator, teacher, images, "sid", draws=2, images=count)
+    rows = evaluate.report_rows(generator, teacher, images, "sid", draws=2, n=count)
     assert (rows["sid"]["fixed_fd"] is None) == (count < 2) and (rows["sid"]["fixed_recall"] is None) == (count < 6)
     halves = rows.get("real halves", {"fixed_recall": None})
     assert ("real halves" in rows) == (count > 1) and (halves["fixed_recall"] is None) == (count < 12)
