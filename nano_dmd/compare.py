@@ -17,9 +17,8 @@ from statistics import mean, stdev
 
 from tqdm import tqdm
 
+from nano_dmd.engine import config
 from nano_dmd.engine.cache import digest, sources
-from nano_dmd.engine.config import (add_config_flags, number, parser, read_config, resolve,
-                                    same_run)
 from nano_dmd.engine.files import UserError, command, read_json, write_atomic, write_json
 from nano_dmd.metrics.sets import table
 from nano_dmd.plot import comparison, have_matplotlib, save_figure
@@ -35,8 +34,8 @@ def parse_row(preset, row):
         method, *flags = shlex.split(row) or [""]
     except ValueError as e:                        # a quote that is never closed
         raise UserError(f"cannot read the row {row!r}: {e}") from e
-    p = parser("compare", "", help=False)
-    add_config_flags(p)
+    p = config.parser("compare", "", help=False)
+    config.add_config_flags(p)
     given = vars(p.parse_args(flags))
     if taken := [n for n in ("preset", "method", "seed", "out", "control") if n in given]:
         raise UserError(f"--{taken[0]} cannot stand in the row {row!r}: give --preset, --seeds or "
@@ -49,10 +48,10 @@ def run_once(settings, folder):
 
     raises UserError if folder holds another run, or the run fails
     """
-    wanted = resolve(settings | {"out": str(folder)})
+    wanted = config.resolve(settings | {"out": str(folder)})
     other = f"{folder} holds a run {{}}: choose another --out, or delete that folder"
     there = [n for n in ("config.json", "checkpoint.pt", "report.json") if (folder / n).exists()]
-    if there and (difference := same_run(read_config(folder), wanted)):
+    if there and (difference := config.same_run(config.read_config(folder), wanted)):
         name, found, asked = difference
         raise UserError(other.format(f"with {name} {found}, not {asked}"))
     if "report.json" not in there:
@@ -102,7 +101,7 @@ def compare(preset, rows, seeds, out, jobs=1, first=0):
     """{row: {metric: (mean, std over seeds)}}; writes compare.json, .txt and .png."""
     out, rows = Path(out), list(dict.fromkeys(rows))
     settings = {row: parse_row(preset, row) for row in rows}
-    configs = [resolve(settings[row]) for row in rows]            # typos show before hours of work
+    configs = [config.resolve(settings[row]) for row in rows]  # typos show before hours of work
     names = folder_names(rows)
 
     def run(row, seed):
@@ -173,13 +172,13 @@ def as_text(result):
 
 
 def main(argv=None):
-    p = parser("python -m nano_dmd.compare", __doc__)
+    p = config.parser("python -m nano_dmd.compare", __doc__)
     p.add_argument("rows", nargs="+", help='a method, or a quoted "METHOD --flag value ..."')
     p.add_argument("--preset", default="digits", help="a name in presets.py")
-    p.add_argument("--seeds", type=number(1, 10**6), default=5, help="runs per row")
-    p.add_argument("--first_seed", type=number(0, 2**62), default=0,
+    p.add_argument("--seeds", type=config.number(1, 10**6), default=5, help="runs per row")
+    p.add_argument("--first_seed", type=config.number(0, 2**62), default=0,
                    help="of those runs; take others than the ones settings were tuned on")
-    p.add_argument("--jobs", type=number(1, 1000), default=1, help="runs side by side")
+    p.add_argument("--jobs", type=config.number(1, 1000), default=1, help="runs side by side")
     p.add_argument("--out", default="", help="folder; empty = runs/compare-PRESET")
     args = p.parse_args(argv)
     out = args.out or f"runs/compare-{args.preset}"

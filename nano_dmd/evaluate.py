@@ -22,14 +22,12 @@ import torch
 from tqdm import tqdm
 
 from nano_dmd.denoiser import heun
+from nano_dmd.engine import machine
 from nano_dmd.engine.config import number, parser
 from nano_dmd.engine.files import UserError, command
 from nano_dmd.engine.find import find_data
-from nano_dmd.engine.machine import median_seconds, pick_device
 from nano_dmd.engine.runs import load_run
-from nano_dmd.metrics import images, inception, text
-from nano_dmd.metrics.points import mixture_metrics
-from nano_dmd.metrics.sets import average, in_batches, table
+from nano_dmd.metrics import images, inception, points, sets, text
 from nano_dmd.teachers.data import load_data
 
 TEACHER_STEPS = 50                  # of a usual Stable Diffusion sampler, one guided call each
@@ -48,17 +46,17 @@ def measure(sample, data, draws=5, k=1, n=2000):
         rng = torch.Generator().manual_seed(seed)
         if data.kind == "points":
             z = torch.randn(k, 50_000, *data.shape, generator=rng).to(data.means.device)
-            found.append(mixture_metrics(in_batches(sample, z, None, 10_000), data))
+            found.append(points.mixture_metrics(sets.in_batches(sample, z, None, 10_000), data))
         elif images.is_digits(data):
             z = torch.randn(k, *data.x.shape, generator=rng).to(data.device)
-            x = in_batches(sample, z, data.labels, 600)
+            x = sets.in_batches(sample, z, data.labels, 600)
             found.append(images.digit_metrics(x, data.labels, data))
         else:
             seeds = range(seed * n, (seed + 1) * n)
             made = images.generate(sample, seeds, data.shape, data.classes, k, data.device,
                                    show=False)
             found.append(images.standin_metrics(made, data, n))
-    return average(found)
+    return sets.average(found)
 
 
 def quick(generator, data, n):
@@ -71,7 +69,7 @@ def milliseconds(sample, teacher, device, k=1, batch=64, repeats=5):
     """Median milliseconds to make one batch."""
     z = torch.randn(k, batch, *teacher.shape, device=device)
     cond = torch.zeros(batch, dtype=torch.long, device=device) if teacher.classes else None
-    return 1000 * median_seconds(lambda: sample(z, cond), device, repeats)
+    return 1000 * machine.median_seconds(lambda: sample(z, cond), device, repeats)
 
 
 def report_rows(generator, teacher, data, label, draws=5, n=2000):
@@ -99,9 +97,11 @@ def report_rows(generator, teacher, data, label, draws=5, n=2000):
 @torch.no_grad()
 def latency(nets, batch, repeats):
     """Seconds for one image: (the student, TEACHER_STEPS times one guided call of the teacher)."""
-    z, cond, sigma = batch.z[:, :1], batch.cond[:1], batch.z.new_ones(1)
-    guided = median_seconds(lambda: nets.real(z[0], sigma, cond), z.device, repeats)
-    return median_seconds(lambda: nets.ema(z, cond), z.device, repeats), TEACHER_STEPS * guided
+    z, cond = batch.z[:, :1], batch.cond[:1]
+    sigma = z.new_ones(1)
+    guided = machine.median_seconds(lambda: nets.real(z[0], sigma, cond), z.device, repeats)
+    student = machine.median_seconds(lambda: nets.ema(z, cond), z.device, repeats)
+    return student, TEACHER_STEPS * guided
 
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ def inception_rows(cfg, teacher, generator, args, wanted, device):
                                teacher.classes, len(generator.sigmas), device, args.batch)
         found.append(inception.inception_metrics(made, reference, wanted, device,
                                                  args.inception_weights))
-    rows = {cfg.method: average(found)}
+    rows = {cfg.method: sets.average(found)}
     if args.repeats > 1:
         values = {m: [f[m] for f in found] for m in wanted}
         rows["spread"] = {m: None if None in v else stdev(v) for m, v in values.items()}
@@ -176,10 +176,12 @@ def wanted_metrics(asked, teacher, data_name):
     else:
         how, known = "own", (*own, "NFE", "samples/s")
     wrong = [name for name in wanted if name not in known]
-    if wrong or how == "text" and not wanted:
+    if how == "text" and not wanted:
+        wrong = ["--metric"]
+    if wrong:
         more = f", or together {', '.join(inception.METRICS)}" if pictures and how == "own" else ""
-        raise UserError(f"--metric {asked} cannot be measured in one call here: choose from "
-                        f"{', '.join(known)}{more}")
+        raise UserError(f"no metric {wrong[0]!r} here, or not in one call with the others: choose "
+                        f"from {', '.join(known)}{more}")
     return [name for name in known if name in wanted], how
 
 
@@ -197,7 +199,7 @@ def main(argv=None):
     p.add_argument("--clip-model", default=text.CLIP, help="for clip: hub name or folder")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda")
     args = p.parse_args(argv)
-    device = pick_device(args.device)
+    device = machine.pick_device(args.device)
     cfg, teacher, generator = load_run(args.run, device)
     wanted, how = wanted_metrics(args.metric, teacher, cfg.data or teacher.data)
     if how == "own" and args.reference:
@@ -214,7 +216,7 @@ def main(argv=None):
                         "give --data when training")
     if wanted:
         found = {row: {m: v[m] for m in wanted if m in v} for row, v in found.items()}
-    print(table({row: v for row, v in found.items() if v}))
+    print(sets.table({row: v for row, v in found.items() if v}))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from nano_dmd.engine.runs import load_run
 from nano_dmd.noise import sd_sigmas
 from nano_dmd.teachers import diffusers_unet as hub
 from nano_dmd.teachers.text_networks import RANDOM
-from nano_dmd.teachers.text_to_image import part
+from nano_dmd.teachers.text_to_image import sd_part
 
 CARD = """---
 base_model: {base}
@@ -69,7 +69,8 @@ def scheduler(cfg, config):
         if len(steps) > 1:
             raise UserError("several steps without --unit_noise have no counterpart in diffusers: "
                             "train them with --unit_noise")
-        low, high, count = config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, steps[0] + 1
+        low, high = config["beta_start"] ** 0.5, config["beta_end"] ** 0.5
+        count = steps[0] + 1
         betas = torch.linspace(low, high, 1000, dtype=torch.float64)[:count] ** 2
         return EulerDiscreteScheduler.from_config(
             config, num_train_timesteps=count, trained_betas=betas.tolist(),
@@ -117,8 +118,8 @@ def export(run, to):
                 unet.unload_lora()
             pipeline = StableDiffusionPipeline.from_pretrained(
                 **hub.source(source), unet=unet, scheduler=steps,
-                vae=part(AutoencoderKL, source, "vae"),
-                text_encoder=part(CLIPTextModel, source, "text_encoder"))
+                vae=sd_part(AutoencoderKL, source, "vae"),
+                text_encoder=sd_part(CLIPTextModel, source, "text_encoder"))
             pipeline.save_pretrained(new)
             (new / "README.md").write_text(card(cfg, source, Path(to).name, call), encoding="utf-8")
             shutil.move(new, to)

@@ -71,7 +71,8 @@ def parse_sigma(spec):
     """'karras(low,high)' -> ('karras', low, high), and so on.  raises ValueError."""
     match = re.fullmatch(r"(lognormal|karras|sd)\(([^,]+),([^,]+)\)", spec.replace(" ", ""))
     try:
-        name, a, b = match[1], float(match[2]), float(match[3])
+        name = match[1]
+        a, b = float(match[2]), float(match[3])
     except (TypeError, ValueError):
         raise ValueError("noise must read lognormal(mean,std), karras(low,high) or sd(first,last), "
                          f"got {spec!r}") from None

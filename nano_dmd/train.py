@@ -94,7 +94,8 @@ def run(cfg, resume=False):
     check_writable(out)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    path, step, seconds, before = out / "checkpoint.pt", 0, (0.0, 0.0), processes
+    path, before = out / "checkpoint.pt", processes
+    step, seconds = 0, (0.0, 0.0)
     saved = load_checkpoint(path, device) if resume else None
     own_teacher = out if resume and (out / "teacher.json").is_file() else ""
     teacher, nets, opts, draw = prepare(cfg, device, own_teacher)

@@ -1,4 +1,4 @@
-"""Gaussian mixtures: everything a diffusion model is supposed to learn, in closed form at every noise level.
+"""Gaussian mixtures: all that a diffusion model should learn, in closed form at every noise level.
 
 Adding noise to a mixture of isotropic Gaussians gives a mixture of wider ones, so the noised
 density, its score and the ideal denoiser are exact. All sums over components run in log space: 30
@@ -22,7 +22,8 @@ class Mixture:
         self.means = torch.as_tensor(means, dtype=torch.float32)
         k = len(self.means)
         self.std = torch.as_tensor(std, dtype=torch.float32).expand(k).clone()
-        weights = torch.ones(k) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
+        equal = weights is None
+        weights = torch.ones(k) if equal else torch.as_tensor(weights, dtype=torch.float32)
         self.weights, self.labels = weights / weights.sum(), labels
         self.odds = self.weights.cpu()  # never moved: to draw there, a GPU need not be waited for
         self.shape = tuple(self.means.shape[1:])
@@ -41,27 +42,31 @@ class Mixture:
     kind = "points"
 
     def sample(self, n, generator=None, rows=slice(None)):
-        """n clean points (n, D) and their labels, or some rows of them; a CPU generator gives the same on every device."""
-        k = torch.multinomial(self.odds, n, replacement=True, generator=generator).to(self.means.device, non_blocking=True)
-        noise = torch.randn(n, *self.shape, generator=generator).to(self.means, non_blocking=True)
-        k, noise = k[rows], noise[rows]
-        return self.means[k] + self.std[k, None] * noise, None if self.labels is None else self.labels[k]
+        """Some rows of n clean points (n, D) and their labels; the CPU draws, for every device."""
+        k = torch.multinomial(self.odds, n, replacement=True, generator=generator)[rows]
+        noise = torch.randn(n, *self.shape, generator=generator)[rows]
+        k = k.to(self.means.device, non_blocking=True)
+        x = self.means[k] + self.std[k, None] * noise.to(self.means, non_blocking=True)
+        return x, None if self.labels is None else self.labels[k]
 
     def _log_terms(self, x, sigma, cond=None):
-        """log weight_k + log N(x; mean_k, (std_k^2 + sigma^2) I) (B, K), and the variances (B, K)."""
+        """log weight_k + log N(x; mean_k, (std_k^2 + sigma^2) I), and the variances, (B, K) each."""
         var = self.std**2 + sigma[:, None] ** 2
         square = ((x[:, None] - self.means) ** 2).sum(2)
-        terms = self.weights.log() - 0.5 * square / var - 0.5 * x.shape[1] * (2 * math.pi * var).log()
+        volume = 0.5 * x.shape[1] * (2 * math.pi * var).log()
+        terms = self.weights.log() - 0.5 * square / var - volume
         if cond is not None:                                      # -1 = no class, as in networks.py
-            terms = terms.masked_fill((self.labels != cond[:, None]) & (cond >= 0)[:, None], -torch.inf)
+            other = (self.labels != cond[:, None]) & (cond >= 0)[:, None]
+            terms = terms.masked_fill(other, -torch.inf)
         return terms, var
 
     def log_prob(self, x, sigma=0.0):
         """log density (B,) of x (B, D) after noise sigma, a float or (B,)."""
-        return self._log_terms(x, torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x)))[0].logsumexp(1)
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
+        return self._log_terms(x, sigma)[0].logsumexp(1)
 
     def denoise(self, x, sigma, cond=None):
-        """E[x0 | x0 + sigma eps = x, cond]: each component's posterior mean, averaged by responsibility."""
+        """E[x0 | x0 + sigma eps = x, cond]: posterior means, averaged by responsibility."""
         terms, var = self._log_terms(x, sigma, cond)
         share = terms.softmax(1)                                                      # (B, K)
         shrink = self.std**2 / var                                                    # (B, K)
@@ -99,7 +104,8 @@ def checkerboard():
     """8 dark squares of a 4 x 4 board, each filled by 16 components of std 0.06."""
     inside = (torch.arange(4.0) + 0.5) / 4
     cell = torch.cartesian_prod(inside, inside)  # (16, 2) in [0, 1]^2
-    squares = torch.tensor([(i, j) for i in range(4) for j in range(4) if (i + j) % 2 == 0], dtype=torch.float32)
+    dark = [(i, j) for i in range(4) for j in range(4) if (i + j) % 2 == 0]
+    squares = torch.tensor(dark, dtype=torch.float32)
     points = (squares[:, None] + cell - 2).reshape(-1, 2)
     return Mixture(0.5 * points / points.std(), 0.06)
 

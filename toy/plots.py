@@ -73,9 +73,9 @@ def samples_figure(panels):
 def field_figure(x, points, scores):
     """A row per noise level: real score, fake score, their difference.
 
-    x (M, 2) generator samples; scores {sigma: (real, fake)}, each (N, 2). Arrows are faint where noised samples hardly ever come, as no method
-    looks there. Both scores of a row share one scale; the difference, which is smaller, has its
-    own.
+    x (M, 2) generator samples; scores {sigma: (real, fake)}, each (N, 2). Arrows are faint where
+    noised samples hardly ever come, as no method looks there. Both scores of a row share one scale;
+    the difference, which is smaller, has its own.
     """
     fig, axes = figure(len(scores), 3, 12, 0.4 + 4.1 * len(scores))
     for line, (sigma, (real, fake)) in zip(axes, scores.items()):

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nano_dmd.engine import machine
 from nano_dmd.engine.files import UserError, first_line, load_checkpoint, load_weights
 from nano_dmd.engine.lora import lora_copy, sharing_copy
-from nano_dmd.engine.machine import compile_net, fast_bf16
 from nano_dmd.fake_score import FakeScore
 from nano_dmd.gan import Discriminator
 from nano_dmd.generator import Generator
@@ -24,13 +24,13 @@ def build(cfg, teacher, device):
     fake = FakeScore(teacher.net, cfg.fake_guidance, copy=lora[1])
     for net in (generator.net, fake.net, teacher.net):
         tune(net, cfg, device)
-    if cfg.half_frozen and fast_bf16(device):  # in place: copies that share these weights follow
+    if cfg.half_frozen and machine.fast_bf16(device):  # in place: sharing copies follow
         for p in teacher.net.net.parameters():
             p.data = p.data.bfloat16()             # the adapter's noise table stays float32
     discriminator = head(fake, teacher, cfg, device)
     ema = sharing_copy(generator).requires_grad_(False) if cfg.ema else generator
     for net in (generator.net, fake.net, teacher.net) if cfg.compile else ():
-        compile_net(net.net)
+        machine.compile_net(net.net)
     real = RealScore(teacher.denoiser, cfg.guidance)
     nets = Nets(real, fake, discriminator, generator, ema, teacher.sigma_data)
     if cfg.reg_loss == "lpips" and "pairs" in needs(cfg):
@@ -46,7 +46,7 @@ def build(cfg, teacher, device):
 
 def tune(denoiser, cfg, device):
     """Speed and memory of one network, by cfg: precision and recomputation."""
-    denoiser.bf16 = cfg.bf16 and fast_bf16(device)
+    denoiser.bf16 = cfg.bf16 and machine.fast_bf16(device)
     if cfg.checkpointing:
         if not hasattr(denoiser.net, "checkpointing"):
             raise UserError(f"--checkpointing: {type(denoiser.net).__name__} cannot recompute "

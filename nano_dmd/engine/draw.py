@@ -70,8 +70,10 @@ class Draw:
     """
 
     def __init__(self, cfg, teacher, data, pairs, rng, device, prompts=None):
-        self.cfg, self.rng, self.device = cfg, rng, device
-        self.teacher, self.data, self.pairs, self.prompts = teacher, data, pairs, prompts
+        self.cfg, self.teacher = cfg, teacher
+        self.data, self.pairs = data, pairs
+        self.prompts, self.rng = prompts, rng
+        self.device = device
         self.sources = sources(cfg)  # once: a large folder takes seconds to look through
         self.k, self.latest = len(cfg.sigma_list()), None
 

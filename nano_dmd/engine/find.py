@@ -2,9 +2,10 @@
 
 import torch
 
+from nano_dmd.engine import files
 from nano_dmd.engine.cache import cached, digest
 from nano_dmd.engine.config import Config
-from nano_dmd.engine.files import MADE_AGAIN, UserError, load_tensors, note, save_tensors
+from nano_dmd.engine.files import UserError
 from nano_dmd.methods import needs
 from nano_dmd.real_score import RealScore
 from nano_dmd.teacher import load_teacher, make_pairs
@@ -89,7 +90,7 @@ def check_guidance(cfg, classes, recipe):
         raise UserError(f"{asked[0]} needs a teacher that can be asked with and without a class: "
                         f"{cfg.teacher} {why}; leave it out")
     if not recipe.get("label_dropout"):
-        note(f"{cfg.teacher} was not trained to be asked without a class: {asked[0]} may be poor")
+        files.note(f"{cfg.teacher} was not trained to be asked without a class: {asked[0]} may be poor")
 
 
 def cached_pairs(cfg, teacher, device, prompts=None):
@@ -110,24 +111,25 @@ def cached_pairs(cfg, teacher, device, prompts=None):
         batch = {"points": 10_000, "images": 500, "text": 8}[teacher.kind]
         x = make_pairs(guided_by(teacher, cfg, prompts), z, cond, batch, steps=cfg.pair_steps,
                        sigma_min=low, sigma_max=cfg.pair_sigma)
-        save_tensors(path, {"z": z, "x": x} | ({"cond": cond} if kinds else {}))
+        files.save_tensors(path, {"z": z, "x": x} | ({"cond": cond} if kinds else {}))
 
     path = cached("pairs", made_of, make, ".safetensors")
     images = torch.float32, (cfg.pairs, *teacher.shape)
     labels = dict(cond=(torch.int64, (cfg.pairs,))) if kinds else {}
-    pairs = load_tensors(path, dict(z=images, x=images, **labels))
+    pairs = files.load_tensors(path, dict(z=images, x=images, **labels))
     if kinds and not ((pairs["cond"] >= 0) & (pairs["cond"] < kinds)).all():
-        raise UserError(f"{path} is damaged: a class or prompt is not among {kinds}; {MADE_AGAIN}")
+        raise UserError(f"{path} is damaged: a class or prompt is not among {kinds}; "
+                        f"{files.MADE_AGAIN}")
     return {k: v if k == "cond" else resident(v, device) for k, v in pairs.items()}
 
 
 def teacher_digest(cfg, teacher, prompts):
     """What the teacher's answers depend on: files of a pipeline, numbers of a network."""
     if prompts:
-        from nano_dmd.teachers.text_to_image import RANDOM, hub
+        from nano_dmd.teachers import text_to_image as text
 
         source = teacher.recipe["source"]
-        files = source if source in RANDOM else hub.version(source)
+        files = source if source in text.RANDOM else text.hub.version(source)
         return dict(files=files, texts=digest(prompts.texts))
     if teacher.denoiser is teacher.net:
         args = digest([teacher.recipe["network"], teacher.recipe["args"]])

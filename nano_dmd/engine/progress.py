@@ -30,7 +30,8 @@ class Progress:
         self.columns, self.decode = 4 if prompts else 8, teacher.decode
         n = {"points": 20_000, "images": (classes or 8) * 8, "text": 4}[teacher.kind]
         self.z = torch.randn(len(cfg.sigma_list()), n, *teacher.shape, generator=rng).to(device)
-        self.cond, index, sample, levels = None, None, teacher.denoiser, {}
+        self.cond = index = None
+        sample, levels = teacher.denoiser, {}
         if classes:
             self.cond = index = torch.arange(classes, device=device).repeat_interleave(8)
         if prompts:                                # the first four, one sample each

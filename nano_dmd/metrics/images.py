@@ -66,7 +66,8 @@ def digit_classifier(data):
     def make(path):
         with forked(data.device), torch.enable_grad():
             torch.manual_seed(0)
-            net, x, labels = Classifier(), data.x[::2].cpu(), data.labels[::2].cpu()
+            net = Classifier()
+            x, labels = data.x[::2].cpu(), data.labels[::2].cpu()
             opt = torch.optim.Adam(net.parameters(), lr=2e-3)
             for _ in range(300):
                 index = torch.randint(len(x), (128,))

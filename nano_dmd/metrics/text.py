@@ -68,7 +68,8 @@ def text_metrics(images, captions, wanted, reference, device, weights=None, clip
         if not str(reference).endswith(".npz"):
             files = image_files(reference)         # complains before hours of sampling
             real = (squares(files[i : i + 50]) for i in range(0, len(files), 50))
-    seen, small, result = 0, [], {}
+    seen, small = 0, []
+    result = {}
     for x in images:
         if clip:
             clip.add(x, captions[seen : seen + len(x)])

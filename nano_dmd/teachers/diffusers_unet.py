@@ -106,7 +106,7 @@ def denoiser_from_config(unet, alphas_cumprod, prediction_type):
     return PREDICTS[prediction_type](net, torch.tensor(alphas_cumprod, dtype=torch.float64))
 
 
-def converted(name):
+def pixel_teacher(name):
     """(Denoiser, recipe) of a diffusers pipeline in pixels, for zoo.save_teacher.
 
     raises UserError if there is no such pipeline, or none that can be a teacher
@@ -118,8 +118,9 @@ def converted(name):
     others = [k for k, v in index.items() if k not in ("unet", "scheduler")
               and isinstance(v, (list, tuple)) and any(v)]
     if kind not in PIPELINES or others:
-        raise UserError(f"{name} is a {' with '.join([kind, *others])}: teachers here are DDPM, DDIM "
-                        "or PNDM pipelines with a UNet2DModel in pixels, or Stable Diffusion 1 and 2")
+        what = " with ".join([kind, *others])
+        raise UserError(f"{name} is a {what}: teachers here are DDPM, DDIM or PNDM pipelines with a "
+                        "UNet2DModel in pixels, or Stable Diffusion 1 and 2")
     scheduler, unet = noise_table(name), part(UNet2DModel, name, "unet")
     config, side = dict(unet.config), square(unet.config["sample_size"])
     halved = [getattr(b, "downsamplers", None) or getattr(b, "resnet_down", None)

@@ -252,7 +252,7 @@ def build_edm(init_kwargs, state_dict):
     return EDM(net, init_kwargs.get("sigma_data", 0.5)).requires_grad_(False).eval()
 
 
-def converted(path, data):
+def edm_teacher(path, data):
     """(Denoiser, recipe) of one of EDM's .pkl files, for zoo.save_teacher.
 
     data  name of the data set the network was trained on, "" if that is not known

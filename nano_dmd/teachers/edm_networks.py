@@ -170,7 +170,8 @@ class EDMUNet(nn.Module):
         """Fill enc and dec.  mults: width / channels of every resolution, finest first."""
         self.shape, self.checkpointing = shape, False
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        emb, width, aux, skips = 4 * channels, channels, shape[0], [channels]
+        emb, width = 4 * channels, channels
+        aux, skips = shape[0], [channels]
         levels = [(shape[-1] >> i, mult * channels) for i, mult in enumerate(mults)]
         for size, cout in levels:
             name = f"{size}x{size}"

@@ -20,8 +20,8 @@ from nano_dmd.engine.files import UserError, blame, note, parse_json, read_lines
 from nano_dmd.engine.machine import forked
 from nano_dmd.engine.schema import mismatch
 from nano_dmd.noise import sd_sigmas
+from nano_dmd.teachers import data
 from nano_dmd.teachers import diffusers_unet as hub
-from nano_dmd.teachers.data import image_files, middle_square, read_table, write_rows
 from nano_dmd.teachers.text_networks import RANDOM, TextUNet
 
 # Settings of a U-Net that Stable Diffusion 1 and 2 do not have.
@@ -34,7 +34,8 @@ def load(name, device):
     from diffusers import UNet2DConditionModel
 
     if name in RANDOM:
-        kind, sigmas, decode = "epsilon", sd_sigmas(), None
+        kind, decode = "epsilon", None
+        sigmas = sd_sigmas()
         with forked(device):
             torch.manual_seed(0)
             unet = UNet2DConditionModel(**RANDOM[name])
@@ -60,7 +61,7 @@ def load(name, device):
                 sigmas=(sigmas[0].item(), sigmas[-1].item()))
 
 
-def part(kind, name, subfolder):
+def sd_part(kind, name, subfolder):
     """kind.from_pretrained of one subfolder; raises UserError naming it."""
     return hub.part(kind, name, subfolder, "Stable Diffusion 1.5 pipeline")
 
@@ -87,7 +88,7 @@ def read_parts(name, device):
     if sigmas.shape != (1000,) or not torch.allclose(sigmas, sd_sigmas().double(), rtol=1e-3):
         raise UserError(f"{name} has another noise schedule than Stable Diffusion 1 and 2: "
                         "sd(first,last) would not fit it")
-    unet, vae = part(UNet2DConditionModel, name, "unet"), part(AutoencoderKL, name, "vae")
+    unet, vae = sd_part(UNet2DConditionModel, name, "unet"), sd_part(AutoencoderKL, name, "vae")
     return unet, scheduler.config.prediction_type, sigmas, decoder(vae, device)
 
 
@@ -119,7 +120,7 @@ def differentiable_decoder(name, pipeline, device):
     """
     from diffusers import AutoencoderKL, AutoencoderTiny
 
-    vae = part(AutoencoderKL, pipeline, "vae") if name == "vae" else None
+    vae = sd_part(AutoencoderKL, pipeline, "vae") if name == "vae" else None
     vae = vae or hub.part(AutoencoderTiny, name, "vae", "TAESD")
     vae = vae.to(device).requires_grad_(False).eval()
     return lambda latents: vae.decode(latents / vae.config.scaling_factor).sample
@@ -138,9 +139,9 @@ class Prompts:
                        first=texts[0][:80])
 
         def make(path):
-            write_rows(path, len(texts), embeddings(model, texts))
+            data.write_rows(path, len(texts), embeddings(model, texts))
 
-        self.table = read_table(cached("text", made_of, make, ".npy"), np.float16,
+        self.table = data.read_table(cached("text", made_of, make, ".npy"), np.float16,
                                 [len(texts), None, None])
 
     def __len__(self):
@@ -172,8 +173,8 @@ def embeddings(model, texts, batch=32):
     except ImportError as e:
         raise UserError(f'Stable Diffusion needs more packages ({e}): pip install '
                         '"nano_dmd[sd]"') from e
-    tokenizer = part(CLIPTokenizer, model, "tokenizer")
-    encoder = part(CLIPTextModel, model, "text_encoder").eval()
+    tokenizer = sd_part(CLIPTokenizer, model, "tokenizer")
+    encoder = sd_part(CLIPTextModel, model, "text_encoder").eval()
     words, most = len(tokenizer), encoder.config.vocab_size
     if not most / 2 < words <= most:  # transformers makes an empty tokenizer of nothing
         raise UserError(f"the tokenizer of {model} knows {words} words, its text_encoder {most}: "
@@ -214,9 +215,9 @@ class Latents:
                        files=fingerprint(*files))
 
         def make(path):
-            write_rows(path, len(files), vae_moments(model, files, side, device))
+            data.write_rows(path, len(files), vae_moments(model, files, side, device))
 
-        self.table = read_table(cached("latents", made_of, make, ".npy"), np.float16,
+        self.table = data.read_table(cached("latents", made_of, make, ".npy"), np.float16,
                                 [len(files), 8, *shape[1:]])
         self.prompts = Prompts(model, captions)
 
@@ -235,7 +236,7 @@ class Latents:
 
 def captioned(folder):
     """(image files, captions) of a folder: NAME.txt beside each image, or metadata.jsonl."""
-    folder, files = Path(folder), image_files(folder)
+    folder, files = Path(folder), data.image_files(folder)
     listed = folder / "metadata.jsonl"
     if listed.is_file():
         rows = {}
@@ -279,10 +280,10 @@ def vae_moments(model, files, side, device):
     """Yield the VAE's (8, h, w) mean and log-variance of the middle square of each image."""
     from diffusers import AutoencoderKL
 
-    vae = part(AutoencoderKL, model, "vae").to(device).eval()
+    vae = sd_part(AutoencoderKL, model, "vae").to(device).eval()
     scale = vae.config.scaling_factor
     for file in tqdm(files, "encoding images"):
-        pixels = torch.from_numpy(middle_square(file, side)).permute(2, 0, 1)[None]
+        pixels = torch.from_numpy(data.middle_square(file, side)).permute(2, 0, 1)[None]
         found = vae.encode(pixels.to(device) / 127.5 - 1).latent_dist
         scaled = torch.cat([found.mean * scale, found.logvar + 2 * np.log(scale)], 1)
         yield scaled[0].cpu().numpy().astype(np.float16)

@@ -16,7 +16,11 @@ from nano_dmd.denoiser import EDM, train_denoiser
 from nano_dmd.engine import files, machine
 from nano_dmd.engine.cache import cached
 from nano_dmd.engine.files import UserError
+from nano_dmd.teachers import diffusers_unet as hub
+from nano_dmd.teachers import edm_checkpoint as edm
+from nano_dmd.teachers import text_to_image as text
 from nano_dmd.teachers.data import MOST_CLASSES, identity, load_data
+from nano_dmd.teachers.edm_networks import edm_network
 
 SMALL_EDM = dict(model_type="SongUNet", img_resolution=32, img_channels=3, label_dim=10,
                  model_channels=64, channel_mult=[2, 2, 2], num_blocks=2, attn_resolutions=[16],
@@ -51,9 +55,7 @@ def find(name, device, steps=0, seed=0, data="", show=True, compile=False):
         return dict(kind="points", denoiser=mixture, shape=mixture.shape, classes=mixture.classes,
                     sigma_data=RECIPES["toy"]["sigma_data"], data=name)
     if source := text_pipeline_of(name):
-        from nano_dmd.teachers.text_to_image import load
-
-        teacher = load(source, device)
+        teacher = text.load(source, device)
         before = {} if source == name else files.read_json(Path(name) / "teacher.json")
         if before.get("version", "") not in ("", teacher["recipe"]["version"]):
             files.note(f"{source} is not as it was when {name} was made: its files changed")
@@ -110,12 +112,8 @@ def untrained(recipe, device="cpu"):
     """The Denoiser of a recipe, before its weights.  raises what constructors raise."""
     kind, args = recipe["network"], recipe["args"]
     if kind == "diffusers":
-        from nano_dmd.teachers.diffusers_unet import denoiser_from_config
-
-        return denoiser_from_config(**args)
+        return hub.denoiser_from_config(**args)
     if kind == "edm":
-        from nano_dmd.teachers.edm_networks import edm_network
-
         net = edm_network(**args)
     else:
         net = {"mlp": networks.MLP, "unet": networks.UNet}[kind](**args)
@@ -200,12 +198,9 @@ def text_pipeline_of(name):
     if path.is_file():
         recipe = files.read_json(path, {})
         return files.read_json(path, {"source": str})["source"] if "source" in recipe else ""
-    from nano_dmd.teachers.diffusers_unet import index_of
-    from nano_dmd.teachers.text_networks import RANDOM
-
-    if name in RANDOM:
+    if name in text.RANDOM:
         return name
-    known = index_of(name).get("_class_name", "") if is_pipeline(name) else ""
+    known = hub.index_of(name).get("_class_name", "") if is_pipeline(name) else ""
     return name if known.startswith("StableDiffusion") else ""
 
 
@@ -215,19 +210,15 @@ def folder_of(name):
     if (path / "teacher.json").is_file():
         return path
     if name.startswith("edm:") or path.suffix == ".pkl":
-        from nano_dmd.teachers import edm_checkpoint as edm
-
         file = edm.fetch_edm(name) if name.startswith("edm:") else path
         if not file.is_file():
             raise UserError(f"no file {name}: give an EDM .pkl, or a name like edm:cifar10-cond")
         data = "cifar10" if "cifar10" in file.name else ""  # of others' data we have no metrics
         key = [edm.sha256(file), data]
-        return kept("edm", key, lambda folder: save_teacher(folder, *edm.converted(file, data)))
+        return kept("edm", key, lambda folder: save_teacher(folder, *edm.edm_teacher(file, data)))
     if is_pipeline(name):
-        from nano_dmd.teachers import diffusers_unet as hub
-
         key = [name, hub.version(name)]
-        return kept("diffusers", key, lambda folder: save_teacher(folder, *hub.converted(name)))
+        return kept("diffusers", key, lambda folder: save_teacher(folder, *hub.pixel_teacher(name)))
     ours = ", ".join(r for r in RECIPES if r != "toy")
     raise UserError(f"no teacher {name!r:.200}: use toy:NAME, {ours}, edm:NAME, a .pkl of EDM's, "
                     "the folder of a run, or a diffusers pipeline (UNet2DModel, Stable Diffusion)")

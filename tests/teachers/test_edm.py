@@ -37,7 +37,7 @@ from nano_dmd.teachers import edm_checkpoint
 from nano_dmd.engine.files import UserError
 from nano_dmd.dmd_loss import dmd_gradient
 from nano_dmd.teachers.edm_networks import EDMBlock as Block, Resample, attend
-from nano_dmd.teachers.edm_checkpoint import build_edm, converted, fetch_edm, read_edm_pickle
+from nano_dmd.teachers.edm_checkpoint import build_edm, edm_teacher, fetch_edm, read_edm_pickle
 from nano_dmd.teachers.edm_networks import SongUNet, edm_network
 from nano_dmd.engine.runs import load_run
 from nano_dmd.noise import add_noise
@@ -478,7 +478,7 @@ def test_convert(tmp_path):
     """The folder is one that load_teacher's reader takes; nothing of the .pkl is needed again."""
     net, _ = tiny_state()
     path = dump(snapshot(precond(net, dict(TINY, use_fp16=False))), tmp_path / "edm.pkl")
-    save_teacher(tmp_path / "teacher", *converted(path, "digits"))
+    save_teacher(tmp_path / "teacher", *edm_teacher(path, "digits"))
     path.unlink()
     denoiser, recipe = read_teacher(tmp_path / "teacher", "cpu")
     assert recipe == dict(network="edm", args=dict(TINY, use_fp16=False), sigma_data=0.5, bf16=False, data="digits",
@@ -488,7 +488,7 @@ def test_convert(tmp_path):
 
 
 def test_a_pkl_is_a_teacher(tmp_path, quick):
-    """--teacher FILE.pkl: converted once into the cache, distilled, and the run stands alone afterwards."""
+    """--teacher FILE.pkl: edm_teacher once into the cache, distilled, and the run stands alone afterwards."""
     net, _ = tiny_state()
     path = dump(snapshot(precond(net, dict(TINY, use_fp16=False))), tmp_path / "edm.pkl")
     train.main(["--preset", "cifar10", "--method", "sid", "--teacher", str(path), "--batch", "2", "--steps", "1", "--no-bf16",

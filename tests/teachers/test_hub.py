@@ -80,7 +80,7 @@ def test_the_gan_needs_data_by_name(tmp_path, quick):
 
 
 def test_a_folder_that_changes_is_read_again(tmp_path):
-    """A local pipeline is converted anew each time: its files may have changed; one from the hub is converted once."""
+    """A local pipeline is pixel_teacher anew each time: its files may have changed; one from the hub is pixel_teacher once."""
     unet = pipeline(tmp_path)
     first = load_teacher(str(tmp_path)).net.state_dict()
     with torch.no_grad():
