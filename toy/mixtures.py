@@ -50,7 +50,7 @@ class Mixture:
         return x, None if self.labels is None else self.labels[k]
 
     def _log_terms(self, x, sigma, cond=None):
-        """log weight_k + log N(x; mean_k, (std_k^2 + sigma^2) I), and the variances, (B, K) each."""
+        """log weight_k + log N(x; mean_k, (std_k^2 + sigma^2) I), and variances, (B, K) each."""
         var = self.std**2 + sigma[:, None] ** 2
         square = ((x[:, None] - self.means) ** 2).sum(2)
         volume = 0.5 * x.shape[1] * (2 * math.pi * var).log()

@@ -90,7 +90,8 @@ def check_guidance(cfg, classes, recipe):
         raise UserError(f"{asked[0]} needs a teacher that can be asked with and without a class: "
                         f"{cfg.teacher} {why}; leave it out")
     if not recipe.get("label_dropout"):
-        files.note(f"{cfg.teacher} was not trained to be asked without a class: {asked[0]} may be poor")
+        files.note(f"{cfg.teacher} was not trained to be asked without a class: {asked[0]} may be "
+                   "poor")
 
 
 def cached_pairs(cfg, teacher, device, prompts=None):

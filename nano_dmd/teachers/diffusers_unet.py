@@ -119,8 +119,8 @@ def pixel_teacher(name):
               and isinstance(v, (list, tuple)) and any(v)]
     if kind not in PIPELINES or others:
         what = " with ".join([kind, *others])
-        raise UserError(f"{name} is a {what}: teachers here are DDPM, DDIM or PNDM pipelines with a "
-                        "UNet2DModel in pixels, or Stable Diffusion 1 and 2")
+        raise UserError(f"{name} is a {what}: teachers here are DDPM, DDIM or PNDM pipelines with "
+                        "a UNet2DModel in pixels, or Stable Diffusion 1 and 2")
     scheduler, unet = noise_table(name), part(UNet2DModel, name, "unet")
     config, side = dict(unet.config), square(unet.config["sample_size"])
     halved = [getattr(b, "downsamplers", None) or getattr(b, "resnet_down", None)

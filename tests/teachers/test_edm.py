@@ -602,7 +602,7 @@ HOSTILE = {  # name: (bytes or object to pickle, part of the message)
     "exec as a weight": (lambda: dict(ema=ema(Exec())), "mentions 'builtins.exec'"),
     "exec among the numbers": (lambda: dict(ema=ema(Rebuilt(blob=pickle.dumps(Exec(), 2)))),
                                "numbers of w: .*exec"),
-    "zip among the numbers": (lambda: dict(ema=ema(Rebuilt(blob=b"PK\x03\x04"))), "numbers of w: they are not in torch's old format"),
+    "zip among the numbers": (lambda: dict(ema=ema(Rebuilt(blob=b"PK\x03\x04"))), "they are not in torch's old format"),
     "numbers cut": (lambda: dict(ema=ema(Rebuilt(blob=legacy(torch.ones(4))[:-1]))), "numbers of w: unexpected EOF"),
     "numbers that lie": (lambda: dict(ema=ema(Rebuilt(blob=SHARED[:-24] + struct.pack("<q", 2**40) + SHARED[-16:]))),
                          "numbers of w: .*wrong"),
