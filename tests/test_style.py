@@ -198,3 +198,20 @@ def test_importing_does_nothing(tmp_path):
                            + CHECK.format(modules=", ".join(modules))], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_names_others_rely_on():
+    """What users and their tests import stays where it is (design, section 4)."""
+    from nano_dmd.dmd_loss import dmd_gradient
+    from nano_dmd.gan import critic_logit_loss, generator_logit_loss
+    from nano_dmd.noise import add_noise, expand, karras_sigmas
+    from nano_dmd.sid_loss import sid_integrand
+    from nano_dmd.teacher import heun, load_teacher
+    from nano_dmd.teachers.edm_checkpoint import build_edm, read_edm_pickle
+    from nano_dmd.train import METHODS, PRESETS, Config, main, train_step
+    from toy.mixtures import MIXTURES, Mixture
+
+    calls = [dmd_gradient, critic_logit_loss, generator_logit_loss, add_noise, expand, karras_sigmas, sid_integrand, heun,
+             load_teacher, build_edm, read_edm_pickle, Config, main, train_step, Mixture]
+    assert all(map(callable, calls)) and all(isinstance(v, dict) for v in (METHODS, PRESETS, MIXTURES))
+    assert load_teacher("toy:ring8").denoiser.shape == load_teacher("toy:ring8").shape == (2,)
