@@ -215,7 +215,7 @@ def environment():
 
 @pytest.mark.parametrize("argv, text", [
     ([], "run"), (["nowhere"], "nowhere/config.json"), (["run", "--device", "nonsense"], "no device 'nonsense'"),
-    (["run", "--draws", "many"], "'many'"), (["run", "--metric", "fid"], "--metric fid"),
+    (["run", "--draws", "many"], "'many'"), (["run", "--metric", "fid"], "choose from sw2"),
     (["run", "--draws", "0"], "--draws"),
 ], ids=str)
 def test_evaluate_mistakes(complain, finished, monkeypatch, argv, text):
