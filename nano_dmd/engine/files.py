@@ -61,7 +61,7 @@ def blame(what, advice=""):
     """Whatever goes wrong inside becomes one UserError: what, the reason, advice."""
     try:
         yield
-    except (UserError, MemoryError):
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as e:
         raise UserError(f"{what}: {first_line(e)}" + f"; {advice}" * bool(advice)) from e

@@ -133,6 +133,14 @@ def test_missing_checkpoint(tmp_path):
     assert "no checkpoint" in sentence(load_checkpoint, tmp_path)                     # a folder in its place
 
 
+def test_a_full_memory_is_no_corrupt_checkpoint(saved, monkeypatch):
+    """Nobody is told to delete a good file."""
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")):
+        monkeypatch.setattr(torch, "load", lambda *args, error=error, **more: (_ for _ in ()).throw(error))
+        with pytest.raises(type(error)):
+            load_checkpoint(saved)
+
+
 def test_truncated_checkpoint(saved):
     raw = saved.read_bytes()
     for cut in [0, 1, 2, 100, *range(200, len(raw), 97), len(raw) - 1]:
