@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import time
+from pathlib import Path
 
 from nano_dmd.engine.config import OWN_NAMES, parser
 from nano_dmd.engine.files import (UserError, blame, cache_dir, command, delete, replace,
@@ -29,25 +30,20 @@ def visible(name):
     return not name.startswith(".") and name != "__MACOSX"
 
 
-def visible_files(folder):
+def visible_files(folder, above=()):
     """The files in a folder and the folders in it, "a/b.png" for example, sorted; no hidden ones.
 
-    Links are followed, but not in circles.  raises UserError where a folder cannot be read
+    Links are followed, but not back to a folder above.  raises UserError
     """
-    def stop(error):
-        raise error
-
-    found, chains = [], {}
+    found, here = [], os.path.realpath(folder)
     with blame(f"cannot look into {folder}"):
-        for where, folders, files in os.walk(folder, followlinks=True, onerror=stop):
-            real, above = os.path.realpath(where), chains.get(os.path.dirname(where), ())
-            chains[where] = (*above, real)
-            if real in above:
-                folders.clear()
-                continue
-            folders[:] = filter(visible, folders)
-            found += [os.path.relpath(os.path.join(where, f), folder) for f in files if visible(f)]
-    return sorted(f.replace(os.sep, "/") for f in found)
+        for name in os.listdir(folder) if here not in above else []:
+            path = os.path.join(folder, name)
+            if visible(name) and os.path.isdir(path):
+                found += [f"{name}/{file}" for file in visible_files(path, (*above, here))]
+            elif visible(name):
+                found.append(name)
+    return sorted(found)
 
 
 def fingerprint(*files):
@@ -58,12 +54,11 @@ def fingerprint(*files):
     """
     stamps = []
     for path in map(os.path.abspath, files):
-        folder = os.path.isdir(path)
-        for name in visible_files(path) if folder else [""]:
-            file = os.path.join(path, name) if folder else path
+        for name in visible_files(path) if os.path.isdir(path) else [""]:
+            file = Path(path, name)
             with blame(f"cannot look at {file}", "remove it, if it is a link to something gone"):
-                s = os.stat(file)
-            stamps.append((file, s.st_size, s.st_mtime_ns, s.st_ctime_ns))
+                s = file.stat()
+            stamps.append((str(file), s.st_size, s.st_mtime_ns, s.st_ctime_ns))
     return digest(stamps)
 
 
@@ -72,6 +67,11 @@ def sources(cfg):
     named = {name: getattr(cfg, name) for name in ("data", "prompts")}
     return {name: fingerprint(v) for name, v in named.items()
             if v and v not in OWN_NAMES and os.path.exists(v)}
+
+
+def made_file(path):
+    """The file that says what the entry at path was made of."""
+    return path.with_name(path.name.partition(".")[0] + ".made.json")
 
 
 def cached(name, made_of, make, suffix="", parts=("",)):
@@ -100,40 +100,27 @@ def cached(name, made_of, make, suffix="", parts=("",)):
     return path
 
 
-def made_file(path):
-    """What the entry at path was made of, in JSON."""
-    return path.with_name(path.name.partition(".")[0] + ".made.json")
-
-
 def entries():
     """[(path, bytes, seconds since it was made, what it was made of)], the largest first."""
     found = []
     for path in cache_dir().iterdir() if cache_dir().is_dir() else []:
         if not path.name.endswith(".made.json"):
-            files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+            size = sum(p.stat().st_size for p in (path, *path.rglob("*")) if p.is_file())
             made = made_file(path).read_text(errors="replace") if made_file(path).is_file() else "?"
-            size, age = sum(p.stat().st_size for p in files), time.time() - path.stat().st_mtime
-            found.append((path, size, age, " ".join(made.split())))
+            found.append((path, size, time.time() - path.stat().st_mtime, " ".join(made.split())))
     return sorted(found, key=lambda entry: (-entry[1], entry[0]))
-
-
-def downloaded(path):
-    """Whether an entry came from elsewhere, perhaps by hand: only its name deletes it."""
-    return path.name == "cifar10" or path.name.endswith((".pkl", ".pkl.json"))
 
 
 def main(argv=None):
     p = parser("python -m nano_dmd.engine.cache", __doc__)
     p.add_argument("--clear", nargs="*", metavar="NAME", help="delete entries; all without a NAME")
-    clear = p.parse_args(argv).clear
-    found, total = entries(), 0
-    if clear:
-        found = [e for e in found if e[0].name.lstrip(".").startswith(tuple(clear))]
-        if not found:
-            raise UserError(f"nothing in {cache_dir()} begins with {' or '.join(clear)}: see "
-                            "python -m nano_dmd.engine.cache")
-    elif clear is not None:
-        found = [e for e in found if not downloaded(e[0])]
+    clear, total = p.parse_args(argv).clear, 0
+    found = [e for e in entries() if e[0].name.lstrip(".").startswith(tuple(clear or [""]))]
+    if clear and not found:
+        raise UserError(f"nothing in {cache_dir()} begins with {' or '.join(clear)}")
+    if clear == []:                                # downloads go by name: some came by hand
+        downloads = ("cifar10", ".pkl", ".pkl.json")
+        found = [e for e in found if not e[0].name.endswith(downloads)]
     for path, size, age, made in found:
         total += size
         if clear is not None:
@@ -141,7 +128,7 @@ def main(argv=None):
                 delete(path)
                 delete(made_file(path))
         print(f"{size / 2**20:9.1f} MiB  {age / 86400:5.1f} days  {path.name:40}  {made:.100}")
-    deleted = ", deleted" if clear is not None else ""
+    deleted = "" if clear is None else ", deleted"
     print(f"{total / 2**20:9.1f} MiB in {cache_dir()}{deleted}")
 
 

@@ -7,13 +7,13 @@
     toy:NAME               an exact mixture, see toy.mixtures.MIXTURES
 
 sample draws n joint samples and returns `rows` of them: several processes share one draw. Images of
-a set are square and share one size. They are decoded once, to <cache>/data-<key>, and read through
-the page cache. An image is what a person sees: turned as its EXIF says, 16 bits scaled to 8, on
-white where it is transparent. Hidden files and copies (.ipynb_checkpoints, ._photo.png, __MACOSX)
-are left out.
+a set are square and of one size. They are decoded once, to <cache>/data-<key>. An image is what a
+person sees: turned as its EXIF says, 16 bits scaled to 8, on white where it is transparent. Hidden
+files and copies (.ipynb_checkpoints, ._photo.png, __MACOSX) are left out.
 """
 
 import io
+import json
 import os
 import re
 import zipfile
@@ -24,13 +24,12 @@ import torch
 from tqdm import tqdm
 
 from nano_dmd.engine.cache import cached, fingerprint, visible, visible_files
-from nano_dmd.engine.files import (MADE_AGAIN, UserError, blame, cache_dir, note, parse_json,
-                                   read_bytes, sync)
+from nano_dmd.engine.files import MADE_AGAIN, UserError, blame, cache_dir, note, read_bytes, sync
 from nano_dmd.noise import expand
 
 DIGITS_FILE = Path(__file__).parents[1] / "assets" / "digits8x8.npz"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
-KINDS = ", ".join(SUFFIXES)
+BESIDE = (".txt", ".json", ".jsonl", "/")          # captions, tables and folders: no images
 MOST_CLASSES = 100_000
 RESIDENT = 2**31                                   # bytes; a larger table stays off the device
 
@@ -84,13 +83,11 @@ class TensorData:
     def sample(self, n, generator=None, rows=slice(None)):
         """Some rows of n random images, mirrored at random if flip, and their labels."""
         index = torch.randint(len(self), (n,), generator=generator)[rows]
-        x, cond = self.images(index), None
-        if self.labels is not None:
-            cond = look_up(self.labels, index, self.device)
+        x, labels = self.images(index), self.labels
         if self.flip:
             mirror = torch.randint(2, (n,), generator=generator)[rows].bool()
             x = torch.where(expand(mirror.to(self.device, non_blocking=True), x), x.flip(-1), x)
-        return x, cond
+        return x, None if labels is None else look_up(labels, index, self.device)
 
 
 def load_digits(device="cpu"):
@@ -101,42 +98,21 @@ def load_digits(device="cpu"):
 
 
 def cifar10(name):
-    """(labels, N, images (N, 3, 32, 32) uint8) by torchvision, which checks the files."""
+    """(images (N, 3, 32, 32) uint8, N, labels) by torchvision, which checks the files."""
     from torchvision.datasets import CIFAR10
 
     root = cache_dir() / "cifar10"
     by_hand = f"get {CIFAR10.url} by hand and put it at {root / CIFAR10.filename}"
     with blame("cannot download CIFAR-10", by_hand):
         data = CIFAR10(root, train=name == "cifar10", download=True)
-    return data.targets, len(data), data.data.transpose(0, 3, 1, 2)
+    return data.data.transpose(0, 3, 1, 2), len(data), data.targets
 
 
-def is_image(name):
-    return name.lower().endswith(SUFFIXES)
-
-
-def image_files(folder):
-    """All image files in a folder and the folders in it, sorted.  raises UserError without any."""
-    names = visible_files(folder)
-    if not any(map(is_image, names)):
-        raise UserError(f"no images in {folder}: give a folder that holds {KINDS} files")
-    tell_left_out(folder, names)
-    return [Path(folder, name) for name in names if is_image(name)]
-
-
-def tell_left_out(place, names):
-    """Say how many files are neither images, nor captions or tables of images."""
-    known = (".txt", ".json", ".jsonl", "/")
-    if others := [n for n in names if not is_image(n) and not n.endswith(known)]:
-        note(f"{len(others)} files in {place} are left out, {others[0]} for example: images are "
-             f"{KINDS}")
-
-
-def open_image(source, grey=False):
-    """A PIL image as a person sees it, RGB; with grey, L for one without colour."""
+def open_image(data, grey=False):
+    """The PIL image in some bytes as a person sees it, RGB; with grey, L for one without colour."""
     from PIL import Image, ImageOps
 
-    image = ImageOps.exif_transpose(Image.open(source))
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     no_colour = image.mode[0] in "1LI"             # bits, bytes, 16 bits
     if image.mode[0] == "I":                       # PIL's own conversion cuts at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
@@ -151,117 +127,98 @@ def middle_square(file, side):
     from PIL import Image, ImageOps
 
     with blame(f"cannot read the image {file}"):
-        image = file if isinstance(file, Image.Image) else open_image(io.BytesIO(read_bytes(file)))
+        image = file if isinstance(file, Image.Image) else open_image(read_bytes(file))
         return np.array(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))
 
 
-def list_folder(path):
-    """(names of files, and of folders in it as "a/", read) of a folder; read(name) -> bytes."""
-    folders = [f"{n}/" for n in os.listdir(path) if visible(n) and os.path.isdir(path / n)]
-    return visible_files(path) + folders, lambda name: read_bytes(path / name)
+def images_among(names, place):
+    """The images among the files in a place; says what is left out.  raises UserError for none."""
+    images = [n for n in names if n.lower().endswith(SUFFIXES)]
+    if not images:
+        raise UserError(f"no images in {place}: it should hold {', '.join(SUFFIXES)} files")
+    if others := [n for n in names if not n.lower().endswith((*SUFFIXES, *BESIDE))]:
+        note(f"{len(others)} files in {place} are left out, {others[0]} for example")
+    return images
 
 
-def list_zip(path):
-    """(names of visible files, read) of a .zip."""
+def image_files(folder):
+    """The paths of all images in a folder and the folders in it, sorted.  raises UserError."""
+    return [Path(folder, name) for name in images_among(visible_files(folder), folder)]
+
+
+def opened(path):
+    """(names, read) of a folder or .zip: files "a/b.png", folders "a/"; read(name) -> bytes."""
+    if path.is_dir():
+        folders = [f"{n}/" for n in os.listdir(path) if visible(n) and os.path.isdir(path / n)]
+        return visible_files(path) + folders, lambda name: read_bytes(path / name)
     with blame(f"cannot read {path}", "give a folder of images or a .zip made by EDM's tool"):
         archive = zipfile.ZipFile(path)
-
-    def read(name):
-        with blame(f"cannot read {name} in {path}"):               # encrypted, damaged
-            return archive.read(name)
-
-    names = {n for n in archive.namelist() if not n.endswith("/")}
-    return sorted(n for n in names if all(map(visible, n.split("/")))), read
+    names = {n for n in archive.namelist() if all(map(visible, n.split("/")))}
+    return sorted(names), archive.read
 
 
-def list_images(path, names, read):
-    """(image names, their class numbers or None) of what list_folder or list_zip found.
-
-    dataset.json, as EDM writes it, gives the class numbers.  Without it, folders of a folder are
-    the classes.  raises UserError where it is neither
-    """
-    images = [n for n in names if is_image(n)]
+def with_labels(path, names, images, read):
+    """(images in the order of the set, class numbers or None): of dataset.json, else by folder."""
     tables = [n for n in names if n.split("/")[-1] == "dataset.json"]
-    if not images:
-        raise UserError(f"no images in {path}: it should hold {KINDS} files")
     if tables:
-        return images, labels_of_table(path, min(tables, key=len), images, read)
-    edm = all(re.fullmatch(r"(.*/)?\d{5}/img\d{8}\.\w+", n) for n in images)  # not a class each
-    if path.is_dir() and not edm:
-        return labels_of_folders(path, images, names)
-    if not edm and any("/" in n for n in images):
-        note(f"{path} has no dataset.json: its images have no classes, its folders are none")
+        return images, table_labels(path, min(tables, key=len), images, read)
+    edm = all(re.fullmatch(r"(.*/)?\d{5}/img\d{8}\.\w+", n) for n in images)  # 1,000 in each
+    classes = not edm and any("/" in n for n in images)
+    if classes and path.is_dir():
+        return class_folders(path, names, images)
+    if classes:
+        note(f"{path} has no dataset.json: its images have no classes")
     return images, None
 
 
-def labels_of_table(path, table, images, read):
+def table_labels(path, table, images, read):
     """The class number of each image by EDM's {"labels": [[name, number], ...]}; None without."""
-    found = parse_json(read(table), f"{table} in {path}")
-    with blame(f"{table} in {path} does not hold a label for every image"):
-        label_of, start = dict(found.get("labels") or ()), len(table) - len("dataset.json")
+    with blame(f"{table} in {path} should label every image from 0 to {MOST_CLASSES - 1}"):
+        label_of = dict(json.loads(read(table)).get("labels") or ())
+        start = len(table) - len("dataset.json")
         labels = [label_of.pop(name[start:]) for name in images] if label_of else None
-    for name, v in zip(images, labels or []):
-        if type(v) is not int or not 0 <= v < MOST_CLASSES:
-            raise UserError(f"{path} labels {name} with {v!r:.40}: labels must be class numbers 0, "
-                            "1, ...")
+        for name, v in zip(images, labels or []):
+            if type(v) is not int or not 0 <= v < MOST_CLASSES:
+                raise ValueError(f"{v!r:.40} is the label of {name}")
     if label_of:
-        note(f"{table} in {path} labels {len(label_of)} images that are not there, "
-             f"{next(iter(label_of))} for example")
+        note(f"{table} in {path} labels {len(label_of)} images that are not there")
     return labels
 
 
-def labels_of_folders(path, images, names):
-    """(images by class, class numbers): folders are classes, sorted by name or by number."""
+def class_folders(path, names, images):
+    """(images by class, class numbers): the folders in path, sorted by name or by number."""
     folders = {n.split("/")[0] for n in names if "/" in n}
-    lost = [n for n in images if "/" not in n]
-    if len(lost) == len(images):
-        return images, None
-    if lost:
-        raise UserError(f"{path} holds {len(lost)} images ({lost[0]}) beside folders of images "
-                        f"({min(folders)}): put each image into the folder of its class, or all "
-                        "into one")
-    for folder in sorted(folders):
-        inside = [n for n in images if n.startswith(folder + "/")]
-        if not any(n.count("/") == 1 for n in inside):  # train/cat/1.png: not a class "train"
-            deeper = f", but {inside[0]} (give the folder above the classes)" if inside else ""
-            raise UserError(f"no images in {path / folder}{deeper}: every folder in {path} should "
-                            f"hold those of one class, {KINDS} files")
-    numeric = all(re.fullmatch(r"\d{1,9}", f, re.ASCII) for f in folders)
-    order = sorted(folders, key=lambda f: (int(f), f) if numeric else f)
-    if numeric and list(map(int, order)) != list(range(len(order))):
-        note(f"the class folders of {path} are not 0, 1, ...: class 0 is folder {order[0]}, and so "
-             "on in the order of the numbers")
-    number = {f: i for i, f in enumerate(order)}
-    images = sorted(images, key=lambda n: (number[n.split("/")[0]], n))
+    wrong = [n for n in images if "/" not in n]
+    wrong += sorted(folders - {n.split("/")[0] for n in images if n.count("/") == 1})
+    if wrong:
+        raise UserError(f"{path / wrong[0]} is not a folder of images: {path} should hold one for "
+                        "each class, or images alone")
+    numeric = all(map(str.isdecimal, folders))
+    order = sorted(sorted(folders), key=int if numeric else str)
+    if numeric and [int(f) for f in order] != [*range(len(order))]:
+        note(f"the class folders of {path} are not 0, 1, ...: class 0 is folder {order[0]}")
+    number = {folder: i for i, folder in enumerate(order)}
+    images = sorted(images, key=lambda n: number[n.split("/")[0]])
     return images, [number[n.split("/")[0]] for n in images]
-
-
-def identity(name):
-    """What a data set is, for cache keys: its name, or its path and a fingerprint of its files."""
-    if name in ("digits", "cifar10", "cifar10-test") or name.startswith("toy:"):
-        return name
-    path = Path(name).absolute()
-    return [str(path), fingerprint(path)]
 
 
 def decode(names, read, path):
     """Yields images (C, H, W) uint8: RGB, but grey ones of a .zip keep their one channel (EDM)."""
     first = None
     for name in names:
-        data = read(name)
         with blame(f"cannot read the image {name} in {path}"):
-            image = open_image(io.BytesIO(data), grey=path.is_file())
-        found = f"{image.width}x{image.height} {image.mode}"
-        first = first or found
-        if found != first or image.width != image.height:
-            raise UserError(f"{name} in {path} is {found}, {names[0]} is {first}: images must be "
-                            "square, of one size and kind; crop and resize them first")
+            image = open_image(read(name), grey=path.is_file())
+        kind = f"{image.width}x{image.height} {image.mode}"
+        first = first or kind
+        if kind != first or image.width != image.height:
+            raise UserError(f"{name} in {path} is {kind}, {names[0]} is {first}: crop and resize "
+                            "them to be square, of one size and kind")
         yield np.atleast_3d(image).transpose(2, 0, 1)
 
 
 def write_rows(path, count, arrays):
     """count arrays of one shape and dtype as the rows of one .npy, without holding them all."""
-    with open(path, "wb") as f:  # not a mapped file: a full disk kills the process
+    with open(path, "wb") as f:                    # not mapped: a full disk kills the process
         for i, row in enumerate(arrays):
             if i == 0:
                 header = dict(descr=row.dtype.str, fortran_order=False, shape=(count, *row.shape))
@@ -272,10 +229,7 @@ def write_rows(path, count, arrays):
 
 
 def read_table(path, dtype, shape):
-    """The array in an .npy of the cache, mapped where the system can; shape may hold None = any.
-
-    raises UserError unless it is as it was written
-    """
+    """The array in an .npy of the cache, mapped if possible; None in shape is any length."""
     with blame(f"cannot read {path}", MADE_AGAIN):
         if not path.is_file():
             raise OSError("it is not a file")
@@ -284,31 +238,35 @@ def read_table(path, dtype, shape):
         except OSError:                            # some network drives cannot map a file
             array = np.load(path, allow_pickle=False)
         fits = [n in (None, m) for n, m in zip(shape, array.shape)]
-        if array.dtype != dtype or len(array.shape) != len(shape) or not all(fits):
+        if array.dtype != dtype or array.ndim != len(shape) or not all(fits):
             raise ValueError(f"it holds {array.dtype} of shape {array.shape}")
         return array
 
 
 def decoded(name, made_of, source):
-    """(pixels (N, C, H, W) uint8, labels (N,) or None) from the cache.
-
-    source() -> (labels, N, images) fills it
-    """
+    """(pixels (N, C, H, W) uint8, labels (N,) or None); source() -> (images, N, labels) once."""
     def make(folder):
-        labels, count, images = source()
+        images, count, labels = source()
         folder.mkdir()
-        np.save(folder / "labels.npy", np.array([] if labels is None else labels, dtype=np.int64))
+        np.save(folder / "labels.npy", np.array(labels or [], dtype=np.int64))
         write_rows(folder / "images.npy", count, tqdm(images, "decoding images", count))
 
     folder = cached(name, made_of, make, parts=("images.npy", "labels.npy"))
-    pixels = read_table(folder / "images.npy", np.uint8, [None] * 4)
-    labels = read_table(folder / "labels.npy", np.int64, [None])
+    pixels = torch.from_numpy(read_table(folder / "images.npy", np.uint8, [None] * 4))
+    labels = torch.from_numpy(np.array(read_table(folder / "labels.npy", np.int64, [None])))
     n, channels, height, width = pixels.shape
-    right = len(labels) in (0, n) and not ((labels < 0) | (labels >= MOST_CLASSES)).any()
+    right = len(labels) in (0, n) and ((0 <= labels) & (labels < MOST_CLASSES)).all()
     if not n or not right or channels not in (1, 3) or height != width:
-        raise UserError(f"{folder} is damaged: {pixels.shape} images, {len(labels)} labels; "
-                        f"{MADE_AGAIN}")
-    return torch.from_numpy(pixels), torch.from_numpy(np.array(labels)) if len(labels) else None
+        raise UserError(f"{folder} is damaged: images {(n, channels, height, width)}, "
+                        f"{len(labels)} labels; {MADE_AGAIN}")
+    return pixels, labels if len(labels) else None
+
+
+def identity(name):
+    """What a data set is, for cache keys: its name, or its path and a fingerprint of its files."""
+    if name in ("digits", "cifar10", "cifar10-test") or name.startswith("toy:"):
+        return name
+    return [str(Path(name).absolute()), fingerprint(name)]
 
 
 def load_data(name, device="cpu", flip=False):
@@ -319,8 +277,7 @@ def load_data(name, device="cpu", flip=False):
         from toy.mixtures import MIXTURES
 
         if name[4:] not in MIXTURES:
-            raise UserError(f"no mixture {name!r}: use one of "
-                            f"{', '.join('toy:' + m for m in MIXTURES)}")
+            raise UserError(f"no mixture {name!r}: use toy:{', toy:'.join(MIXTURES)}")
         return MIXTURES[name[4:]]().to(device)
     if name in ("cifar10", "cifar10-test"):
         tensors = decoded(f"data-{name}", name, lambda: cifar10(name))
@@ -329,11 +286,11 @@ def load_data(name, device="cpu", flip=False):
     if not (os.path.isdir(path) or os.path.isfile(path)):
         raise UserError(f"no data set {name!r:.200}: use digits, cifar10, toy:NAME, a folder of "
                         "images or a .zip made by EDM's tool")
-    names, read = list_folder(path) if path.is_dir() else list_zip(path)
-    tell_left_out(path, names)
+    names, read = opened(path)
+    images = images_among(names, path)
 
     def source():
-        images, labels = list_images(path, names, read)
-        return labels, len(images), decode(images, read, path)
+        ordered, labels = with_labels(path, names, images, read)
+        return decode(ordered, read, path), len(images), labels
 
     return TensorData(*decoded("data", identity(name), source), device, flip, str(path))

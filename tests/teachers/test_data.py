@@ -17,10 +17,8 @@ import torch
 import torchvision
 from PIL import Image
 
-from nano_dmd import noise
-from nano_dmd.engine import parallel
-from nano_dmd.teachers import data, zoo
 from nano_dmd.engine.files import UserError
+from nano_dmd.teachers import data, zoo
 from nano_dmd.teachers.data import TensorData, load_data
 
 LABELS = [0, 0, 0, 0, 0, 1, 1, 1, 2, 2]
@@ -197,12 +195,12 @@ WRONG = {
     "no image": (lambda p: spoil(p, lambda b: b"hello"), "cannot read the image 09.png in .*x.*cannot identify"),
     "no images": (lambda p: [f.unlink() for f in p.iterdir()], "no images in .*x: it should hold .png"),
     "no images in a class": (lambda p: [(p / "cat").mkdir(), (p / "dog").mkdir(), *(f.rename(p / "dog" / f.name) for f in
-                                        p.glob("*.png"))], "no images in .*x/cat: every folder in .*should"),
+                                        p.glob("*.png"))], "x/cat is not a folder of images: .*x should hold one for each class"),
     "splits in place of classes": (lambda p: [(p / "train" / "cat").mkdir(parents=True), *(f.rename(p / "train" / "cat" / f.name)
                                               for f in p.glob("*.png"))],
-                                              "no images in .*x/train, but train/cat/00.png .give the"),
+                                              "x/train is not a folder of images: .*x should hold one for"),
     "images beside classes": (lambda p: [(p / "dog").mkdir(), (p / "09.png").rename(p / "dog" / "09.png")],
-                              r"x holds 9 images \(00.png\) beside folders of images \(dog\)"),
+                              "x/00.png is not a folder of images: .*x should hold .*, or images alone"),
     "a link to nothing": (lambda p: (p / "a.png").symlink_to("/nowhere/a.png"), "cannot look at .*a.png: No such file.*link"),
     "a link to itself": (lambda p: (p / "a.png").symlink_to(p / "a.png"), "cannot look at .*a.png: .*symbolic"),
     "a pipe": (lambda p: os.mkfifo(p / "a.png"), "cannot read .*a.png: it is not a file"),
@@ -221,16 +219,16 @@ def test_wrong_folders_get_one_sentence_and_leave_nothing(tmp_path, pixels, case
 
 
 @pytest.mark.parametrize("labels, message", [
-    ([0.5] * 10, r"labels 00000/img00000000.png with 0.5: labels must be class numbers"),
-    ([0] * 9 + [[0, 1, 0]], r"labels 00002/img00000009.png with \[0, 1, 0\]: labels must be class numbers"),
-    ([0] * 9 + [-1], "img00000009.png with -1"),
-    ([True] * 10, "with True"),
-    ([2**70] * 10, "with 1180591620717411303424: labels"),
-    ([10**6] * 10, "with 1000000: labels"),
-    ([0] * 9, "x.zip does not hold a label for every image.*img00000009"),
+    ([0.5] * 10, "0.5 is the label of 00000/img00000000.png"),
+    ([0] * 9 + [[0, 1, 0]], r"\[0, 1, 0\] is the label of 00002/img00000009.png"),
+    ([0] * 9 + [-1], "-1 is the label of 00002/img00000009.png"),
+    ([True] * 10, "True is the label"),
+    ([2**70] * 10, "1180591620717411303424 is the label"),
+    ([10**6] * 10, "1000000 is the label"),
+    ([0] * 9, "'00002/img00000009.png'"),
 ])
 def test_wrong_labels_of_a_zip(tmp_path, pixels, labels, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"dataset.json in .*x.zip should label every image from 0 to 99999: {message}"):
         load_data(write_zip(tmp_path / "x.zip", pixels, labels))
 
 
@@ -248,10 +246,14 @@ def test_wrong_zips(tmp_path, pixels):
         for at in (m.start() for m in re.finditer(re.escape(mark), bytes(locked))):
             locked[at + flags] |= 1
     (tmp_path / "locked.zip").write_bytes(locked)
-    for name, message in {"cut": "cannot read .*not a zip file", "list": "does not hold a label",
-                          "deep": "cannot read dataset.json", "locked": "cannot read dataset.json .*encrypted"}.items():
+    for name, message in {"cut": "cannot read .*not a zip file", "list": "should label every image",
+                          "deep": "should label every image", "locked": "should label every image.*encrypted"}.items():
         with pytest.raises(UserError, match=message):
             load_data(str(tmp_path / f"{name}.zip"))
+    write_zip(damaged := tmp_path / "y.zip", pixels, ...)
+    damaged.write_bytes(damaged.read_bytes().replace(b"IDAT", b"IDAX"))            # checksums no longer fit
+    with pytest.raises(UserError, match="cannot read the image 00000/img00000000.png in .*y.zip: Bad CRC"):
+        load_data(str(damaged))
     with pytest.raises(UserError, match="no images in .*empty.zip"):
         load_data(write_zip(tmp_path / "empty.zip", [], None))
 
