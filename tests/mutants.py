@@ -232,7 +232,7 @@ MUTANTS = [
            f"{DRAW}:Batch.noising", "torch.randn(n, *x.shape[1:]", "torch.randn(1, *x.shape[1:]",
            on_losses.test_a_noising_is_a_sigma_and_a_unit_noise),
     Mutant("batch: real data drawn although the GAN is off", "",
-           f"{METHODS}:needs", " if weight[name]]", "]", on_losses.test_a_batch_brings_what_has_a_weight),
+           f"{METHODS}:needs", " if asks.get(name) not in off]", "]", on_losses.test_a_batch_brings_what_has_a_weight),
     # ---- the train step
     Mutant("step: generator update leaks into the critic", "",
            f"{METHODS}:train_step", "critic_requires_grad(nets, False)", "critic_requires_grad(nets, True)",
@@ -391,7 +391,7 @@ MUTANTS = [
            "toy.mixtures:Mixture._log_terms", "self.std**2 + sigma", "0 * self.std**2 + sigma",
            on_teacher.test_mixture_denoises_like_the_integral),
     Mutant("mixture: responsibilities without the volume term", "",
-           "toy.mixtures:Mixture._log_terms", " - 0.5 * x.shape[1] * (2 * math.pi * var).log()", "",
+           "toy.mixtures:Mixture._log_terms", "square / var - volume", "square / var",
            on_teacher.test_mixture_denoises_like_the_integral),
     Mutant("mixture: class 0 is no class", "",
            "toy.mixtures:Mixture._log_terms", "(cond >= 0)", "(cond > 0)",

@@ -865,7 +865,8 @@ def test_a_batch_brings_what_has_a_weight():
     for method, weights, expected in (("dmd2", (0.1, 0.0), ["real"]), ("dmd2", (0.0, 1.0), []), ("dmd", (0.0, 1.0), ["pairs"]),
                                       ("dmd", (1.0, 0.0), []), ("sid", (1.0, 1.0), [])):
         w_disc, w_reg = weights
-        assert needs(SimpleNamespace(method=method, w_disc=w_disc, w_reg=w_reg)) == expected
+        others = dict(w_dm=1.0, w_gan=w_disc, w_sid=1.0, w_fake=1.0)
+        assert needs(SimpleNamespace(method=method, w_disc=w_disc, w_reg=w_reg, **others)) == expected
 
 
 def test_add_noise_is_variance_exploding():
