@@ -84,7 +84,7 @@ def rows_of_comparisons():
             yield from ((preset, row) for row in rows)
 
 
-@pytest.mark.parametrize("preset, row", rows_of_comparisons())
+@pytest.mark.parametrize("preset, row", list(rows_of_comparisons()))
 def test_rows_of_comparisons_resolve(preset, row):
     from nano_dmd.compare import parse_row
     from nano_dmd.engine.config import resolve
