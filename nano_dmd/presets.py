@@ -18,7 +18,7 @@ PRESETS = {
         pairs=100_000, pair_steps=64, pair_sigma=20),
     "toy-dmd": dict(steps=6000, lr_generator=2e-3),
     "toy-dmd2": dict(
-        critic_steps=2, noisings=2, batch=512, steps=4400, lr_generator=2e-3, w_gan=0.03,
+        critic_steps=2, noisings=2, batch=512, steps=4400, lr_generator=2e-3, w_gan=0.01,
         w_disc=0.03),
     "toy-sid": dict(
         steps=8500, batch=768, noisings=2, lr_generator=1.3e-3, decay_from=0.2, ema=500, alpha=0.5,
