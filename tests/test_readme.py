@@ -45,8 +45,17 @@ def test_the_example_prints_what_it_says():
 
 
 def commands(page):
-    lines = [line.split("  #")[0].strip() for block in blocks(page, "bash") for line in block.splitlines()]
-    return [line for line in lines if line]
+    """Lines of the bash blocks without comments; $C is replaced where C="..." stands above it."""
+    found = []
+    for block in blocks(page, "bash"):
+        values = {}
+        for line in block.splitlines():
+            line = line.split("  #")[0].strip()
+            if setting := re.fullmatch(r'([A-Z])="(.*)"', line):
+                values[setting[1]] = setting[2]
+            elif line:
+                found.append(re.sub(r"\$([A-Z])\b", lambda m: values[m[1]], line))
+    return found
 
 
 def test_the_two_commands_come_first():
@@ -54,7 +63,7 @@ def test_the_two_commands_come_first():
 
 
 EVERY = [(page.name, c) for page in PAGES if page != LOG for c in commands(page)]
-TRAIN = [c for _, c in EVERY if "-m nano_dmd.train --" in c]
+TRAIN = [c for _, c in EVERY if "-m nano_dmd.train --preset" in c]
 
 
 @pytest.mark.parametrize("command", TRAIN)
@@ -74,9 +83,9 @@ def test_commands_name_modules_that_exist(name, command):
 
 
 def rows_of_comparisons():
-    """(preset, row) of every comparison in a code block that needs no shell variable."""
+    """(preset, row) of every comparison in a code block."""
     for _, command in EVERY:
-        if "-m nano_dmd.compare" in command and "$" not in command:
+        if "-m nano_dmd.compare" in command:
             words = shlex.split(command.partition("-m nano_dmd.compare ")[2])
             flags = [i for i, w in enumerate(words) if w.startswith("--")]
             rows = [w for i, w in enumerate(words) if i not in flags and i - 1 not in flags]
@@ -90,6 +99,16 @@ def test_rows_of_comparisons_resolve(preset, row):
     from nano_dmd.engine.config import resolve
 
     resolve({k: v for k, v in parse_row(preset, row).items() if v != "FOLDER"})
+
+
+PRESET = r"--preset ([a-z][\w-]*)|`((?:toy|digits|cifar10|imagenet64|ffhq64|afhqv2-64|sd15)[\w-]*)`"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p != LOG], ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_presets_exist(page):
+    """Also in tables and sentences."""
+    names = {a or b for a, b in re.findall(PRESET, page.read_text())}
+    assert names <= set(train.PRESETS), names - set(train.PRESETS)
 
 
 def anchor(heading):
