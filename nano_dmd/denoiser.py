@@ -1,9 +1,9 @@
-"""The one contract of this package, and everything that fulfils it.
+"""The one contract of this package, and the adapters that make networks fulfil it.
 
     Denoiser:  D(x, sigma, cond=None) -> E[x0 | x0 + sigma * eps = x, cond]
 
-An exact mixture, an EDM network and eps- or v-prediction networks become this here and nowhere
-else. Every loss is written in it. Tweedie's formula gives the score: (D(x, sigma) - x) / sigma^2.
+EDM, eps- and v-prediction networks become Denoisers here alone. An exact mixture is one already.
+Every loss is written with D. Tweedie's formula gives the score: (D(x, sigma) - x) / sigma^2.
 
 EDM = Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models".
 """
@@ -63,8 +63,8 @@ class FromEps(nn.Module):
     """A variance-preserving eps-prediction network net(x_vp, t, cond) as a Denoiser.
 
     x_vp = x / sqrt(1 + sigma^2) and x0 = x - sigma * eps.  alphas_cumprod (T,) is the training
-    schedule. sigma -> t is the nearest log-sigma of its table (searchsorted is off by one on 200 of
-    SD's 1000).
+    schedule. t is the index of the nearest log-sigma in its table. (searchsorted is off by one on
+    about 200 of SD's 1000 when sigma comes from another float32 formula.)
     """
 
     def __init__(self, net, alphas_cumprod, bf16=False):
@@ -78,7 +78,7 @@ class FromEps(nn.Module):
         return (sigma.log()[:, None] - self.sigmas.log()[None]).abs().argmin(1)
 
     def within(self, x, sigma):
-        """x and sigma, both scaled down where sigma is beyond the table: only noise is there."""
+        """x and sigma; above the table's last sigma both are scaled down to it: x is only noise."""
         end = sigma.clamp(max=self.sigmas[-1])
         return expand(end / sigma, x) * x, end
 
@@ -97,7 +97,7 @@ class FromEps(nn.Module):
 
 
 class FromV(FromEps):
-    """The same for v-prediction, v = alpha eps - sqrt(1 - alpha^2) x0 (Salimans & Ho 2022)."""
+    """The same for v-prediction, v = (eps - sigma x0) / sqrt(1 + sigma^2) (Salimans & Ho 2022)."""
 
     def forward(self, x, sigma, cond=None):
         x, sigma = self.within(x, sigma)

@@ -2,10 +2,11 @@
 
     grad_theta KL(p_fake || p_real) = E[ (s_fake(xt) - s_real(xt)) dx/dtheta ]
 
-with x = G(z) and xt = x + sigma noise. Both scores come from denoisers, s = (D(xt) - xt) / sigma^2,
-so the bracket is (d_fake - d_real) / sigma^2. DMD (Yin et al., CVPR 2024) eq. 7-8. DMD1 adds a
-regression to noise-image pairs (eq. 9), DMD2 drops it. The value of this loss says nothing about
-progress, not even by its sign. Look at the gap between the scores, by sigma, instead.
+with x = G(z) and xt = x + sigma * noise: the KL of noised samples, averaged over sigma. Both scores
+come from denoisers, s = (D(xt) - xt) / sigma^2, so the bracket is (d_fake - d_real) / sigma^2. DMD
+gives each sample the weight sigma^2 / mean |x - d_real| (Yin et al., CVPR 2024, eq. 7-8). DMD1 adds
+a regression to noise-image pairs (eq. 9). DMD2 drops it. The value of this loss is g^2 / 2 and says
+nothing about progress. Watch the gap between the scores instead: mesm in the log of a run.
 """
 
 import torch
@@ -21,9 +22,9 @@ def dmd_gradient(x, d_real, d_fake):
     x       (B, *S)  generator output, clean
     d_real, d_fake  (B, *S)  x0-predictions at the same xt and sigma
     returns (B, *S)  without a graph.  raises ValueError if the shapes differ
-    Differs: alpha_t is 1 because xt is variance-exploding; the official code (DMD2
-    edm_guidance.py:102-108) has no alpha_t either. It turns 0/0 into 0; here the denominator is at
-    least 1e-5, as in SiD.
+    Differs: the paper has a factor alpha_t. Here it is 1, because xt is variance-exploding. The
+    official code (DMD2 edm_guidance.py:102-108) has no alpha_t either. That code replaces 0/0 by 0;
+    here the denominator is at least 1e-5, as in SiD.
     """
     if not x.shape == d_real.shape == d_fake.shape:
         shapes = ", ".join(str(tuple(v.shape)) for v in (x, d_real, d_fake))
@@ -46,10 +47,10 @@ def predictions(x, cond, nets, batch, cfg):
 
 
 def dmd_loss(x, nets, batch, cfg):
-    """Distribution matching loss of x (B, *S), which has a graph; one value per sample.
+    """Distribution matching loss of x (B, *S), which has a graph; returns (n B,), n = cfg.noisings.
 
     The gradient g is descended as it is. Neither score is differentiated (SiD does that).
-    cfg.dm_sigma is the noise distribution; "timesteps 20..980" of the papers is karras(0.0032,72).
+    cfg.dm_sigma is the distribution of sigma, see noise.draw_sigma.
     """
     x, cond = repeated(x, batch.cond, cfg.noisings)
     g = dmd_gradient(x, *predictions(x, cond, nets, batch, cfg))
@@ -57,17 +58,17 @@ def dmd_loss(x, nets, batch, cfg):
 
 
 def diff_instruct_loss(x, nets, batch, cfg):
-    """Diff-Instruct (Luo et al., NeurIPS 2023): the same direction without DMD's normaliser."""
+    """Diff-Instruct (Luo et al., NeurIPS 2023): dmd_loss without the normaliser; same shapes."""
     x, cond = repeated(x, batch.cond, cfg.noisings)
     d_real, d_fake = predictions(x, cond, nets, batch, cfg)
     return descend(x, d_fake - d_real).flatten(1).mean(1)
 
 
 def regression_loss(x, nets, batch, cfg):
-    """DMD1's anchor (eq. 9): G should answer a noise as the teacher does; returns (B,).
+    """DMD1's regression (eq. 9): G(z) should be the teacher's sample from z; returns (B,).
 
     Squared error, or LPIPS as in the paper (cfg.reg_loss; .12 FID better on CIFAR-10, appendix I).
-    Of the generator's steps it trains the first: one-step generators only.
+    For generators of one step.
     """
     y = nets.generator(batch.pair_z, batch.pair_cond)
     if cfg.reg_loss == "lpips":

@@ -15,9 +15,10 @@ from nano_dmd.real_score import guided
 class FakeScore(nn.Module):
     """A trainable copy of a teacher's network: a Denoiser, with .features for the GAN head.
 
-    copy      makes it: trainable_copy, or LoRA on the teacher's own weights (engine/lora.py)
-    guidance  w in u + w (c - u), as for the teacher; 1 = off, except in SiD-LSG
-    Always in eval mode: dropout in a score is noise in the gradient (a bug of several codes).
+    copy      copies net: trainable_copy, or LoRA on the teacher's own weights (engine/lora.py)
+    guidance  w in u + w (c - u), as for the teacher; 1 = off; only SiD-LSG sets another w
+    Always in eval mode: dropout in a score would be noise in the gradient.  Differs: SiD fits its
+    fake score with dropout (sid_training_loop.py:294), and asks it without.
     """
 
     def __init__(self, net, guidance=1.0, copy=trainable_copy):
@@ -45,9 +46,9 @@ def denoising_loss(x, nets, batch, cfg):
     """Critic loss: EDM's denoising loss on samples x (B, *S) without a graph; returns (B,).
 
     DMD eq. 6, DMD2 edm_guidance.py:127-172, SiD sid_loss.py:58-74; mean over the elements of a
-    sample. Infinite nets.sigma_data means weight 1/sigma^2: the error in eps, as published for
-    Stable Diffusion. cfg.critic_sigma is the noise distribution: lognormal(-1.2,1.2) in SiD,
-    karras(0.002,80) in DMD2.
+    sample. The weight is 1/sigma^2 + 1/sigma_data^2. For Stable Diffusion the loss is the error in
+    eps, as published: nets.sigma_data is infinite (for v-prediction it is 1: the error in v). The
+    distribution of sigma is cfg.critic_sigma: lognormal(-1.2,1.2) in SiD, karras(0.002,80) in DMD2.
     """
     sigma, noise = batch.noising(cfg.critic_sigma, x)
     cond = batch.cond if batch.fake_cond is None else batch.fake_cond

@@ -1,6 +1,6 @@
 """DMD2's GAN term: a small head on the fake score's bottleneck tells noised real from noised fake.
 
-This is the only place where real data enters. Distribution matching alone inherits the teacher's
+No other loss uses real data. Distribution matching alone inherits the teacher's
 mistakes; real images can repair them (DMD2 section 4.3). Both kinds of sample are noised before the
 critic looks. So the two distributions overlap, and the gradient is informative at every scale.
 """
@@ -15,8 +15,8 @@ from nano_dmd.noise import add_noise
 class Discriminator(nn.Module):
     """Features (B, C) or (B, C, H, W) of the fake score -> one logit per sample (B,).
 
-    As in DMD2: strided 4x4 convolutions with GroupNorm while the features are larger than 8x8
-    (there: than 4x4).  Differs: after that, everything is flattened into a small MLP.
+    As in DMD2: strided 4x4 convolutions with GroupNorm, here until the features are at most 8x8.
+    Differs: DMD2 goes on to 4x4; here what is left is flattened for a small MLP.
     """
 
     def __init__(self, feature_shape, width=128):
@@ -36,12 +36,12 @@ class Discriminator(nn.Module):
 
 
 def generator_logit_loss(logits_fake):
-    """Non-saturating loss, mean softplus(-D(fake)).  DMD2 eq. 4; logits (B,) -> scalar."""
+    """Non-saturating loss, mean softplus(-logit) of fake samples.  DMD2 eq. 4; (B,) -> scalar."""
     return F.softplus(-logits_fake).mean()
 
 
 def critic_logit_loss(logits_real, logits_fake):
-    """Logistic loss, mean softplus(D(fake)) + mean softplus(-D(real)); logits (B,) -> scalar."""
+    """Logistic loss: mean softplus(fake logit) + mean softplus(-real logit); (B,) -> scalar."""
     return F.softplus(logits_fake).mean() + F.softplus(-logits_real).mean()
 
 

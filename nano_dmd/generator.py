@@ -41,12 +41,11 @@ class Generator(nn.Module):
         return self.net(start * z, sigma, cond)
 
     def forward(self, z, cond=None, step=None, start=None):
-        """x (B, *S) at step `step` (default the last), reached by the generator's own steps.
+        """x (B, *S) of step `step` (default: the last), after the generator's own earlier steps.
 
-        z (k, B, *S) unit noise, one slice per step; cond None | (B,).  Only the last step has a
-        graph. It is the one that is trained. Its input is a sample, not a function to
-        differentiate. start (B, *S) replaces the simulation by clean samples: how *not* to do it,
-        for comparison.
+        z (k, B, *S) unit noise, one slice per step; cond None | (B, ...).  Only step `step` has a
+        graph: it is the one that is trained.  No gradient flows into its input.  start (B, *S),
+        clean samples, replaces the earlier steps: how *not* to do it, for comparison.
         """
         step, x = len(self.sigmas) - 1 if step is None else step, start
         with torch.no_grad():
@@ -58,7 +57,7 @@ class Generator(nn.Module):
 def update_ema(ema, net, step, half_life):
     """Move ema towards net.  half_life in steps, shorter at the start of a run.
 
-    A student without an average is its own (ema is net).  Then nothing moves.
+    In a run without an average, ema is net itself.  Then nothing moves.
     SiD's ramp (sid_training_loop.py:346): the half-life is at most 5 percent of the steps so far.
     """
     if ema is not net:

@@ -1,4 +1,4 @@
-"""A method is two lists of losses, and one step trains them all."""
+"""A method is two lists of losses, the generator's and the critic's.  train_step uses both."""
 
 from dataclasses import dataclass
 from typing import Callable, NamedTuple
@@ -14,7 +14,7 @@ from nano_dmd.sid_loss import sid_loss
 
 
 class Method(NamedTuple):
-    """What is minimised.  A loss is loss(x, nets, batch, cfg) -> one value per sample, (B,)."""
+    """What is minimised.  A loss is loss(x, Nets, Batch, Config) -> (B,), or (noisings B,)."""
 
     generator: list                 # of (name of its weight in Config, loss)
     critic: list
@@ -34,10 +34,10 @@ CONTROL = "regression"                             # what distribution matching 
 
 
 def needs(cfg):
-    """What a batch must bring for cfg.method: less where the loss that asks has weight 0."""
-    method, asks = METHODS[cfg.method], {"real": "w_disc", "pairs": "w_reg"}
+    """What a batch must bring for cfg.method.  What only a loss of weight 0 uses is left out."""
+    method, user = METHODS[cfg.method], {"real": "w_disc", "pairs": "w_reg"}
     off = [weight for weight, _ in method.generator + method.critic if not getattr(cfg, weight)]
-    return [name for name in method.needs if asks.get(name) not in off]
+    return [name for name in method.needs if user.get(name) not in off]
 
 
 @dataclass
@@ -55,27 +55,28 @@ class Nets:
 
 
 def train_step(nets, opts, draw, cfg, step):
-    """One step: cfg.critic_steps critic updates, one generator update, then the average.
+    """Several critic updates, one generator update, then the average.  returns {loss name: mean}.
 
-    draw() -> Batch; step counts from 0, for the average's ramp.  returns {loss name: mean}.
-    The generator rests while the critic learns, so the critic's last batch serves it too.
-    Differs: DMD2 steps the generator first; SiD draws a new batch (one more generator pass).
+    draw() -> Batch; step counts from 0 (update_ema).  G's update reuses the critic's last batch.
+    Differs: DMD2 updates the generator first; SiD draws a new batch for it.
     """
     logs = {}
     critic_requires_grad(nets, True)               # 1. fit the critic to where G is now
-    for _ in range(cfg.critic_steps):
+    for i in range(cfg.critic_steps):
         batches = [draw() for _ in range(cfg.accumulate)]
-        update("critic", nets, opts, batches, cfg, logs)
+        shared = cfg.accumulate == 1 and i == cfg.critic_steps - 1   # x of the last serves both
+        update("critic", nets, opts, batches, cfg, logs, keep_graph=shared)
     critic_requires_grad(nets, False)              # 2. move G; the critic's weights rest meanwhile
     update("generator", nets, opts, batches, cfg, logs)
     update_ema(nets.ema, nets.generator, step, cfg.ema)           # 3. the copy we sample from
     return logs
 
 
-def update(which, nets, opts, batches, cfg, logs):
+def update(which, nets, opts, batches, cfg, logs, keep_graph=False):
     """One Adam step of opts[which] on sum_i weight_i * loss_i, the mean over batches.
 
     Terms of weight 0 are not computed.  logs gets every loss, unweighted, of the last batch.
+    keep_graph: make x with the generator's graph.  The critic needs none, but G will reuse x.
     """
     terms = [(getattr(cfg, w), loss) for w, loss in getattr(METHODS[cfg.method], which)]
     terms = [(weight, loss) for weight, loss in terms if weight]
@@ -83,7 +84,7 @@ def update(which, nets, opts, batches, cfg, logs):
         return
     opts[which].zero_grad(set_to_none=True)
     for batch in batches:
-        x = samples(nets, batch, graph=which == "generator" or len(batches) == 1)
+        x = samples(nets, batch, graph=which == "generator" or keep_graph)
         x = x.detach() if which == "critic" else x                # x = G(z), (B, *S)
         total = 0.0
         for weight, loss in terms:
@@ -97,7 +98,7 @@ def update(which, nets, opts, batches, cfg, logs):
 
 
 def samples(nets, batch, graph):
-    """x (B, *S) of a batch.  One pass serves the last critic update and the generator's."""
+    """x (B, *S) of a batch, made once; made again if a graph is wanted and x has none."""
     if batch.x is None or graph and not batch.x.requires_grad:
         with torch.set_grad_enabled(graph):
             batch.x = nets.generator(batch.z, batch.cond, batch.step, batch.start)

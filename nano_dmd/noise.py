@@ -8,7 +8,7 @@ One number, sigma, says how noisy xt is. No alpha_t appears in any loss. A netwo
 with another convention (eps- or v-prediction) is converted once, by an adapter in denoiser.py.
 
 Limit: alpha_t = 0 (flow matching at t = 1, zero-SNR schedules) means sigma = infinity. Scores are
-asked at finite sigma only. A generator owns its input, so it may start from pure noise.
+asked at finite sigma only. A generator scales its own input, so it can start from pure noise.
 """
 
 import functools
@@ -37,8 +37,7 @@ def add_noise(x, sigma, noise):
 def repeated(x, cond, n):
     """x (B, *S) and cond None | (B, ...), every sample n times in a row: (n B, ...) each.
 
-    A loss that noises each copy averages over n noises for one pass of the generator
-    (cfg.noisings).
+    A loss that noises each copy has n B values, and its mean is over n noises (cfg.noisings).
     """
     if n == 1:                                     # no copy: it would lose channels_last
         return x, cond

@@ -8,7 +8,7 @@ Guidance has one definition here, u + w (c - u), and w = 1 is off (as in diffuse
 2022 write c + w' (c - u) for the same thing, w' = w - 1. Guidance acts on x0-predictions. That is
 the same as acting on eps- or v-predictions, because all three are affine in each other at fixed xt
 and sigma. Only the teacher is guided. The fake score tracks the generator as it is (DMD section
-3.4). SiD-LSG is the exception: it guides both.
+3.4). SiD-LSG (SiD for Stable Diffusion, Zhou et al. 2024) is the exception: it guides both.
 """
 
 from torch import nn

@@ -2,15 +2,17 @@
 
     MESM = E[ w |d_real(xt) - d_fake(xt)|^2 ],    x = G(z), xt = x + sigma noise
 
-d_fake only approximates the generator's score. So SiD mixes two estimates of MESM. L1 is the
-plug-in estimate. L2 is a projected form, equal to it on average when d_fake is optimal: E[x | xt] =
-d_fake.
+d_fake only approximates the generator's score. So SiD mixes two estimates of MESM (model-based
+explicit score matching). L1 is the plug-in estimate. L2 is a projected form. Their averages are
+equal when d_fake is optimal, d_fake = E[x | xt].
 
     L1 = |d_real - d_fake|^2      L2 = (d_real - d_fake) (d_real - x)      loss = w (L2 - alpha L1)
 
 With an optimal fake score the value is (1 - alpha) MESM on average: 0 at alpha = 1, negative above.
-So a falling loss is not progress. The gradient is half of MESM's own at alpha = 1/2 and nowhere
-else. Larger alphas do better in practice, because the fake score lags behind the generator.
+So a falling loss is not progress. MESM has the gradient A + B: x moves (A), and d_fake follows (B).
+With d_fake frozen, L1 has the gradient A, and L2 has A + B / 2. So the gradient of the loss is
+(1 - alpha) A + B / 2. Only at alpha = 1/2 is it half of MESM's own. Larger alphas do better in
+practice, because the fake score lags behind the generator.
 """
 
 import torch
@@ -37,10 +39,10 @@ def sid_integrand(x, d_real, d_fake, alpha, normalise=True):
 
 
 def sid_loss(x, nets, batch, cfg):
-    """SiD's generator loss, one value per sample.  The weights of both denoisers stay frozen.
+    """SiD's loss of x (B, *S): (n B,), n = cfg.noisings.  Both denoisers' weights stay frozen.
 
-    The gradient reaches x directly, and through both denoisers.  Detach d_real and d_fake, and the
-    gradient is DMD's for every alpha: all of SiD is in the Jacobians of the two networks.
+    The gradient reaches x directly and through both denoisers.  If d_real and d_fake were detached,
+    it would be DMD's for every alpha: all of SiD is in the Jacobians of the two networks.
     Differs: a mean over pixels; the official code sums them and scales by 100, a constant that Adam
     removes.  cfg.normalise off leaves the normaliser out (better in 2D).
     """

@@ -1,7 +1,6 @@
-"""Teachers: the diffusion models to distil, by name, and what they answer.
+"""Teachers: the diffusion models to distil, by name; and their noise-image pairs.
 
-This is the front door to nano_dmd/teachers, where networks are built, read from files and
-downloaded.
+This file is the front door to nano_dmd/teachers, which builds, reads and downloads networks.
 """
 
 from typing import Callable, NamedTuple
@@ -16,7 +15,7 @@ from nano_dmd.denoiser import Denoiser, heun
 class Teacher(NamedTuple):
     """A diffusion model: what the real score asks, and what students start from."""
 
-    kind: str  # "points" | "images" | "text": latents, told what to show by prompts
+    kind: str  # "points" | "images" | "text" (latents; cond comes from prompts)
     denoiser: Denoiser              # asked by the real score
     shape: tuple                    # (*S) of one sample
     classes: int                    # 0 = unconditional
@@ -32,12 +31,13 @@ def load_teacher(name, device="cpu", **options):
     """A Teacher by name.
 
     toy:NAME        exact mixture, see toy.mixtures.MIXTURES; its score has no error at any sigma
-    digits          trained here on the shipped digits (40 s on two cores), then kept in the cache;
-                    likewise the other names in zoo.RECIPES, on the data set `data` if one is given
+    digits          trained here on the shipped digits (40 s on two cores), then kept in the cache
+    cifar10-small, cifar10-scratch   likewise, on the data set `data` (default CIFAR-10)
     edm:NAME        EDM's published weights, downloaded once (edm_checkpoint.PUBLISHED)
     FILE.pkl        weights in EDM's format; nothing in the file is executed
     a folder        of a previous run, of the cache, or of a diffusers pipeline
     OWNER/MODEL     a diffusers pipeline on the hub, google/ddpm-cifar10-32 or Stable Diffusion
+    random:NAME     sd15, cifar10 or imagenet64 with random weights, to measure speed and memory
 
     options  steps, seed, data, compile, show: of a teacher that is trained here (zoo.find)
     raises UserError if there is no such teacher.

@@ -66,10 +66,10 @@ FAKE, DRAW = "nano_dmd.fake_score", "nano_dmd.engine.draw"
 DMD_SIZE = "(x - d_real).abs().flatten(1).mean(1).clamp(min=1e-5)"
 SID_SIZE = "(x - d_real).detach().abs().flatten(1).mean(1).clamp(min=1e-5)"
 ONE_SIZE = "(x - d_real).detach().abs().mean().clamp(min=1e-5).expand(len(x))"
-FRESH = """for _ in range(cfg.critic_steps):
+FRESH = """for i in range(cfg.critic_steps):
         batches = [draw() for _ in range(cfg.accumulate)]"""
 ONE_BATCH = """batches = [draw() for _ in range(cfg.accumulate)]
-    for _ in range(cfg.critic_steps):"""
+    for i in range(cfg.critic_steps):"""
 WHO_MOVES = {method: partial(on_losses.test_who_moves, method) for method in ("dmd", "dmd2", "sid")}
 
 MUTANTS = [
@@ -232,7 +232,7 @@ MUTANTS = [
            f"{DRAW}:Batch.noising", "torch.randn(n, *x.shape[1:]", "torch.randn(1, *x.shape[1:]",
            on_losses.test_a_noising_is_a_sigma_and_a_unit_noise),
     Mutant("batch: real data drawn although the GAN is off", "",
-           f"{METHODS}:needs", " if asks.get(name) not in off]", "]", on_losses.test_a_batch_brings_what_has_a_weight),
+           f"{METHODS}:needs", " if user.get(name) not in off]", "]", on_losses.test_a_batch_brings_what_has_a_weight),
     # ---- the train step
     Mutant("step: generator update leaks into the critic", "",
            f"{METHODS}:train_step", "critic_requires_grad(nets, False)", "critic_requires_grad(nets, True)",
@@ -267,8 +267,11 @@ MUTANTS = [
     Mutant("step: parts of a batch summed, not averaged", "",
            f"{METHODS}:update", "total / len(batches)", "total", on_losses.test_train_step_in_parts),
     Mutant("step: all the parts' graphs held at once", "",
-           f"{METHODS}:update", "which == \"generator\" or len(batches) == 1", "True",
+           f"{METHODS}:train_step", "cfg.accumulate == 1 and ", "",
            on_losses.test_train_step_in_parts),
+    Mutant("step: every critic update pays for a graph of the generator", "",
+           f"{METHODS}:update", "which == \"generator\" or keep_graph", "True",
+           on_losses.test_one_generator_pass_serves_the_last_critic_update_and_the_generator),
     Mutant("step: weights ignored", "",
            f"{METHODS}:update", "weight * values.mean()", "values.mean()", on_losses.test_train_step_by_hand),
     Mutant("step: terms of weight 0 computed all the same", "DMD2 issue 69: its gan_alone still trains the fake score",
