@@ -30,7 +30,7 @@ def pick_device(name):
 
 
 def fast_bf16(device):
-    """Whether bfloat16 is fast there.  Many CPUs emulate it, 10 to 60 times slower."""
+    """Whether bfloat16 is fast there: yes on GPUs; many CPUs emulate it, 10 to 60 times slower."""
     known = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.device(device).type != "cpu" or known
 
@@ -70,16 +70,24 @@ class Clock:
         return [round(zero + t, 3) for zero, t in zip(self.zero, now)]
 
 
-def median_seconds(function, device, repeats):
-    """Median wall time of one call, after two calls to warm up."""
+def median_seconds(function, device, repeats, limit=float("inf")):
+    """Median wall time of one call, after two calls to warm up; fewer calls after limit seconds."""
     times = []
-    for _ in range(repeats + 2):
+    while len(times) < repeats + 2 and (len(times) < 2 or sum(times) < limit):
         start = time.perf_counter()
         function()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    return sorted(times[2:])[repeats // 2]
+    timed = sorted(times[min(2, len(times) - 1) :])
+    return timed[len(timed) // 2]
+
+
+def matmul_flops(device, bf16):
+    """Operations per second of a large matrix product: the machine's practical peak."""
+    n = 8192 if device.type == "cuda" else 1536
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    return 2 * n**3 / median_seconds(lambda: a @ a, device, repeats=10)
 
 
 def about(device):

@@ -1,15 +1,16 @@
-"""Data sets: .kind, .shape, .classes, .name and .sample(n, generator, rows) -> (x, cond).
+"""Data sets: .kind, .shape, .classes and .sample(n, generator, rows) -> (x, cond).
 
     digits                 1,797 real handwritten digits, 8x8, shipped with the package
     cifar10, cifar10-test  50,000 and 10,000 images, 32x32 RGB, downloaded once by torchvision
     a folder               of class folders of images, or of images alone
     a folder or .zip       as EDM's dataset_tool.py writes it: images and dataset.json with labels
     toy:NAME               an exact mixture, see toy.mixtures.MIXTURES
+    random:CxS:K           1,000 images of noise, SxS pixels, K classes: to measure speed alone
 
-sample draws n joint samples and returns `rows` of them: several processes share one draw. Images of
-a set are square and of one size. They are decoded once, to <cache>/data-<key>. An image is what a
-person sees: turned as its EXIF says, 16 bits scaled to 8, on white where it is transparent. Hidden
-files and copies (.ipynb_checkpoints, ._photo.png, __MACOSX) are left out.
+sample draws n samples and returns the slice `rows` of them: several processes share one draw. All
+images of a set are square and of one size. Files are decoded once, to <cache>/data-<key>. An image
+is what a person sees: turned as its EXIF says, 16 bits scaled to 8, on white where it is
+transparent. Hidden files and folders (.ipynb_checkpoints, ._photo.png, __MACOSX) are left out.
 """
 
 import io
@@ -40,7 +41,7 @@ def resident(table, device):
 
 
 def look_up(table, index, device):
-    """Rows index (B,), on the CPU, of a resident() table: (B, ...) on device, without a wait."""
+    """Rows (B, ...) of a resident() table on device, without a wait; index (B,) is on the CPU."""
     found = table[index.to(table.device, non_blocking=True)]
     if device.type == "cuda" and not found.is_cuda:
         found = found.pin_memory()
@@ -81,7 +82,7 @@ class TensorData:
         return to_float(look_up(self.pixels, index, self.device))
 
     def sample(self, n, generator=None, rows=slice(None)):
-        """Some rows of n random images, mirrored at random if flip, and their labels."""
+        """(x, labels): the slice rows of n random images, mirrored at random if flip."""
         index = torch.randint(len(self), (n,), generator=generator)[rows]
         x, labels = self.images(index), self.labels
         if self.flip:
@@ -109,7 +110,7 @@ def cifar10(name):
 
 
 def open_image(data, grey=False):
-    """The PIL image in some bytes as a person sees it, RGB; with grey, L for one without colour."""
+    """The PIL image in data (bytes) as a person sees it: RGB, or L if grey and it has no colour."""
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
@@ -158,7 +159,7 @@ def opened(path):
 
 
 def with_labels(path, names, images, read):
-    """(images in the order of the set, class numbers or None): of dataset.json, else by folder."""
+    """(images in order, class numbers or None); classes are dataset.json's, else the folders."""
     tables = [n for n in names if n.split("/")[-1] == "dataset.json"]
     if tables:
         return images, table_labels(path, min(tables, key=len), images, read)
@@ -218,7 +219,7 @@ def decode(names, read, path):
 
 def write_rows(path, count, arrays):
     """count arrays of one shape and dtype as the rows of one .npy, without holding them all."""
-    with open(path, "wb") as f:                    # not mapped: a full disk kills the process
+    with open(path, "wb") as f:                    # a mapped file on a full disk kills the process
         for i, row in enumerate(arrays):
             if i == 0:
                 header = dict(descr=row.dtype.str, fortran_order=False, shape=(count, *row.shape))
@@ -262,9 +263,21 @@ def decoded(name, made_of, source):
     return pixels, labels if len(labels) else None
 
 
+def noise_images(name, device):
+    """random:3x32:10 as TensorData.  raises UserError."""
+    found = re.fullmatch(r"random:([13])x(\d{1,3}):(\d{1,3}|1000)", name, re.ASCII)
+    channels, side, classes = map(int, found.groups()) if found else (0, 0, 0)
+    if not side:
+        raise UserError(f"no data set {name!r:.80}: noise has names like random:3x32:10")
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (1000, channels, side, side), generator=rng, dtype=torch.uint8)
+    labels = torch.arange(1000) % classes if classes else None
+    return TensorData(pixels, labels, device, name=name)
+
+
 def identity(name):
     """What a data set is, for cache keys: its name, or its path and a fingerprint of its files."""
-    if name in ("digits", "cifar10", "cifar10-test") or name.startswith("toy:"):
+    if name in ("digits", "cifar10", "cifar10-test") or name.startswith(("toy:", "random:")):
         return name
     return [str(Path(name).absolute()), fingerprint(name)]
 
@@ -279,6 +292,8 @@ def load_data(name, device="cpu", flip=False):
         if name[4:] not in MIXTURES:
             raise UserError(f"no mixture {name!r}: use toy:{', toy:'.join(MIXTURES)}")
         return MIXTURES[name[4:]]().to(device)
+    if name.startswith("random:"):
+        return noise_images(name, device)
     if name in ("cifar10", "cifar10-test"):
         tensors = decoded(f"data-{name}", name, lambda: cifar10(name))
         return TensorData(*tensors, device, flip, name)

@@ -1,7 +1,6 @@
 """Where teachers come from: trained here, read from a folder, or converted from others' files.
 
-A teacher at rest is a folder.  teacher.json says how to build the network, teacher.safetensors
-holds it.
+A saved teacher is a folder: teacher.json says how to build it, teacher.safetensors has the weights.
 """
 
 import hashlib
@@ -26,9 +25,8 @@ SMALL_EDM = dict(model_type="SongUNet", img_resolution=32, img_channels=3, label
                  model_channels=64, channel_mult=[2, 2, 2], num_blocks=2, attn_resolutions=[16],
                  dropout=0.0)
 
-# How a teacher is trained when nobody has one: steps x batch samples, Adam lr, ema half-life in
-# steps. data "" = what --data says, else CIFAR-10; the network gets the channels and classes of the
-# data.
+# How teachers are trained here: steps x batch samples, Adam lr, ema half-life in steps. data "" =
+# what --data says, else CIFAR-10 (toy: the mixture); it decides the network's channels and classes.
 RECIPES = {
     "toy": dict(network="mlp", args=dict(octaves=5), data="", sigma_data=0.5, bf16=True,
                 sigma="lognormal(-1.2,1.4)", steps=4000, batch=1024, lr=2e-3, ema=100,
@@ -43,6 +41,13 @@ RECIPES = {
                             sigma="lognormal(-1.2,1.2)", steps=20_000, batch=512, lr=1e-3, ema=1000,
                             label_dropout=0.0),
 }
+
+# EDM's published networks with random weights: to measure speed and memory, nothing else.
+RANDOM = {
+    "random:cifar10": dict(
+        SMALL_EDM, model_channels=128, num_blocks=4, augment_dim=9, dropout=0.13),
+    "random:imagenet64": dict(
+        model_type="DhariwalUNet", img_resolution=64, img_channels=3, label_dim=1000)}
 
 
 def find(name, device, steps=0, seed=0, data="", show=True, compile=False):
@@ -63,6 +68,8 @@ def find(name, device, steps=0, seed=0, data="", show=True, compile=False):
     if name in RECIPES and name != "toy":
         data = RECIPES[name]["data"] or data or "cifar10"
         net, recipe = fit_or_load(name, data, RECIPES[name], device, steps, seed, show, compile)
+    elif name in RANDOM:
+        net, recipe = random_teacher(RANDOM[name], device)
     else:
         net, recipe = read_teacher(folder_of(name), device)
     kind = "points" if recipe["network"] == "mlp" else "images"
@@ -92,6 +99,17 @@ def fit_or_load(name, data_name, recipe, device, steps=0, seed=0, show=True, com
 
     folder = kept(re.sub("[^a-z0-9]+", "-", name), dict(recipe, files=where), make)
     return read_teacher(folder, device)
+
+
+def random_teacher(args, device):
+    """(network, recipe) of one of RANDOM, which goes with images of noise."""
+    side, classes = args["img_resolution"], args["label_dim"]
+    recipe = dict(network="edm", args=args, sigma_data=0.5, bf16=False, shape=[3, side, side],
+                  classes=classes, data=f"random:3x{side}:{classes}", seconds=0.0,
+                  cpu_seconds=0.0)
+    with machine.forked(device):
+        torch.manual_seed(0)
+        return untrained(recipe).to(device).requires_grad_(False).eval(), recipe
 
 
 def fitted(recipe, data):
@@ -213,7 +231,7 @@ def folder_of(name):
         file = edm.fetch_edm(name) if name.startswith("edm:") else path
         if not file.is_file():
             raise UserError(f"no file {name}: give an EDM .pkl, or a name like edm:cifar10-cond")
-        data = "cifar10" if "cifar10" in file.name else ""  # of others' data we have no metrics
+        data = "cifar10" if "cifar10" in file.name else ""  # other data have no metrics here
         key = [edm.sha256(file), data]
         return kept("edm", key, lambda folder: save_teacher(folder, *edm.edm_teacher(file, data)))
     if is_pipeline(name):

@@ -1,0 +1,212 @@
+"""What a machine does with the published networks: a report in minutes (bench --report DIR).
+
+Weights and images are random: speed and memory do not depend on them. plan() begins with what
+matters most. The report is written again after each part, so a cut leaves what was done.
+"""
+
+import gc
+import shlex
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from nano_dmd.engine import machine
+from nano_dmd.engine.config import resolve
+from nano_dmd.engine.files import (UserError, cache_dir, first_line, note, parse_json, read_lines,
+                                   write_atomic, write_json)
+from nano_dmd.metrics.sets import table
+
+BF16, FP32 = dict(bf16=True, tf32=True), dict(bf16=False, tf32=False)
+HOW = {"bf16": BF16, "bf16 compiled": dict(BF16, compile=True), "fp32": FP32,
+       "TF32": dict(FP32, tf32=True)}
+BATCH = {"cifar10": (256, 4), "imagenet64": (40, 1), "sd15": (8, 1)}    # on a GPU, on a CPU
+# Stable Diffusion, one image, dmd2: what is added to a full student and a full fake score.
+MEMORY = {
+    "LoRA fake score, 8-bit Adam, in 24 GB": dict(lora_critic=64, adam8bit=True),
+    "nothing": {}, "8-bit Adam": dict(adam8bit=True), "LoRA fake score": dict(lora_critic=64),
+    "two LoRAs": dict(lora_generator=64, lora_critic=64),
+    "8-bit Adam, offloaded teacher": dict(adam8bit=True, offload_teacher=True),
+    "no recomputation": dict(checkpointing=False)}
+TITLES = {
+    "methods": "A step of each method, one critic update",
+    "batch": "The batch, SiD on the CIFAR-10 network",
+    "memory": "Memory of Stable Diffusion 1.5, dmd2, one image"}
+SPEED = ("critic update ms", "G update ms", "whole step ms", "images/s", "peak %", "memory MiB")
+LATENCY = ("bare ms", "student ms", "teacher ms")
+
+
+def plan(gpu):
+    """Yield (section, label, network, settings), the most important first."""
+    for net in BATCH:
+        for method in ("sid", "dmd2", "dmd"):
+            yield "methods", f"{net} {method}, bf16", net, dict(BF16, method=method)
+            if net == "cifar10" and method != "dmd":               # the goals are ratios of these
+                for how in ("bf16 compiled", "fp32"):
+                    yield "methods", f"{net} {method}, {how}", net, dict(HOW[how], method=method)
+    for label, options in MEMORY.items():
+        yield "memory", label, "sd15", dict(BF16, method="dmd2", batch=1) | options
+    for batch in (64, 512, 1024, 2048, 4096) if gpu else ():
+        yield "batch", f"batch {batch}", "cifar10", dict(BF16, method="sid", batch=batch)
+    for net, how in (("cifar10", "TF32"), ("imagenet64", "bf16 compiled"), ("imagenet64", "fp32"),
+                     ("sd15", "bf16 compiled"), ("sd15", "fp32")):
+        yield "methods", f"{net} dmd2, {how}", net, dict(HOW[how], method="dmd2")
+
+
+def report(out, minutes, device, data, bench, command):
+    """Write out/report.json and out/report.md; returns the latter's text.
+
+    minutes  for all of it; the last quarter is for a real training on data
+    bench    function(cfg, repeats, limit) -> {part: number}
+    """
+    start, out = time.perf_counter(), Path(out)
+    prompts = out / "prompts.txt"
+    write_atomic(prompts, "".join(f"picture {i}\n" for i in range(64)).encode())
+    found = dict(command=command, date=time.strftime("%Y-%m-%d"), parts=[])
+    found["machine"] = what_it_is(device)
+
+    def save():
+        """Write what is known; returns the seconds that are left."""
+        spent = time.perf_counter() - start
+        found["minutes"] = round(spent / 60, 1)
+        write_json(out / "report.json", found)
+        write_atomic(out / "report.md", as_markdown(found).encode())
+        return 60 * minutes - spent
+
+    for section, label, net, changes in plan(device.type == "cuda"):
+        if save() < 15 * minutes:
+            break
+        settings = dict(
+            preset=net, teacher=f"random:{net}", device=str(device), critic_steps=1,
+            batch=BATCH[net][device.type == "cpu"], pairs=8, pair_steps=2, reg_loss="l2")
+        if net == "sd15":
+            settings |= dict(prompts=str(prompts), half_frozen=changes["bf16"])
+        cfg = resolve(settings | changes)
+        print(f"{section}: {label}", file=sys.stderr, flush=True)
+        gib = 24 if "24 GB" in label else 0
+        numbers = attempt(bench, cfg, device, gib, limit=minutes / 2)
+        found["parts"].append(dict(section=section, label=label, batch=cfg.batch, **numbers))
+    found["training"] = training(out / "run", save(), device, data)
+    save()
+    return as_markdown(found)
+
+
+def what_it_is(device):
+    """The machine, and the TFLOP/s of matrix products in each precision."""
+    known, allowed = machine.about(device), torch.backends.cuda.matmul.allow_tf32
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        known |= dict(memory_gib=round(memory / 2**30, 1), cuda=torch.version.cuda)
+    for name in ("fp32", "TF32", "bf16"):
+        torch.backends.cuda.matmul.allow_tf32 = HOW[name]["tf32"]
+        known[f"TFLOP/s {name}"] = machine.matmul_flops(device, HOW[name]["bf16"]) / 1e12
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    return known
+
+
+def attempt(bench, cfg, device, gib, limit):
+    """The numbers of one part, or {"failed": why}."""
+    start = time.perf_counter()
+    try:
+        with within_memory(device, gib):
+            found = bench(cfg, repeats=10, limit=limit)
+    except (UserError, RuntimeError) as e:         # torch's "out of memory" is a RuntimeError
+        found = {"failed": first_line(e)}
+    gc.collect()
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
+    return found | {"took": round(time.perf_counter() - start, 1)}
+
+
+@contextmanager
+def within_memory(device, gib):
+    """A smaller GPU: at most so many GiB of this one.  0: all of it."""
+    if device.type != "cuda" or not gib:
+        yield
+        return
+    whole = torch.cuda.get_device_properties(device).total_memory / 2**30
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib / whole), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def training(out, seconds, device, data):
+    """{command, rows} of a real distillation, stopped when the time is over; rows by its log."""
+    images = data or "cifar10" * (cache_dir() / "cifar10").is_dir()
+    what = {"preset": "digits"}
+    if images:
+        what = dict(preset="cifar10-scratch", data=images, teacher_steps=2000, steps=2000)
+    what |= dict(method="sid", eval_every=100, log_every=50, device=str(device), out=str(out))
+    flags = [word for k, v in what.items() for word in (f"--{k}", str(v))]
+    if device.type == "cpu":
+        flags += ["--no-compile"]
+    try:
+        subprocess.run([sys.executable, "-m", "nano_dmd.train", *flags], timeout=max(seconds, 10),
+                       capture_output=True)
+    except subprocess.TimeoutExpired:
+        note("the training was stopped: its time was over")
+    log, rows = out / "log.jsonl", {}
+    batch = resolve({k: what[k] for k in ("preset", "method")}).batch
+    for _, line in read_lines(log) if log.is_file() else []:
+        entry = parse_json(line, log)
+        if entry.get("metrics"):
+            step, seconds = entry["step"], entry["seconds"][1]
+            speed = {"minutes": seconds / 60, "images/s": step * batch / seconds}
+            rows[f"{step} updates"] = speed | entry["metrics"]
+    return dict(command=shlex.join(["python", "-m", "nano_dmd.train", *flags]), rows=rows)
+
+
+def latencies(parts):
+    """{network and precision: milliseconds of one sample by bare network, student, teacher}."""
+    known = [p for p in parts if p["section"] == "methods" and "failed" not in p]
+    return {p["label"].replace(" dmd2", ""): {k: p[k] for k in LATENCY}
+            | {"ratio": p["teacher ms"] / p["student ms"]} for p in known if "dmd2" in p["label"]}
+
+
+def against_official(parts):
+    """{method: ratio}: how much faster than a stand-in of the official code on this machine.
+
+    The stand-in is our step in fp32, eager, without TF32, and one more pass of the generator.
+    """
+    known, rows = {p["label"]: p for p in parts if "failed" not in p}, {}
+    for method in ("sid", "dmd2"):
+        slow = known.get(f"cifar10 {method}, fp32")
+        for how in ("bf16", "bf16 compiled") if slow else ():
+            if fast := known.get(f"cifar10 {method}, {how}"):
+                cost = slow["whole step ms"] + slow["G forward ms"]
+                rows[f"{method}, {how}"] = {"stand-in ms": cost, "ours ms": fast["whole step ms"],
+                                            "times": cost / fast["whole step ms"]}
+    return rows
+
+
+def as_markdown(found):
+    """A section for docs/gpu.md."""
+    known, parts = found["machine"], found["parts"]
+    peaks = ", ".join(f"{v:.3g} {k}" for k, v in known.items() if "TFLOP" in k)
+    memory = f"{known['memory_gib']} GiB, CUDA {known['cuda']}, " if "cuda" in known else ""
+    lines = [f"## {found['date']}: {known['device']}", "",
+             f"{memory}torch {known['torch']}, {known['threads']} threads. Matrix products: "
+             f"{peaks}. Made in {found['minutes']} minutes by", "", "```bash",
+             found["command"], "```"]
+
+    def show(title, rows):
+        if rows:
+            lines.extend(["", title, "", "```text", table(rows), "```"])
+
+    for section, title in TITLES.items():
+        show(title, {p["label"]: {"batch": p["batch"]} | {k: p[k] for k in SPEED}
+                     for p in parts if p["section"] == section and "failed" not in p})
+    show("One sample, milliseconds", latencies(parts))
+    show("Against the cost of the official code (fp32, eager, one generator pass more)",
+         against_official(parts))
+    show("Failed", {p["label"]: {"why": p["failed"]} for p in parts if "failed" in p})
+    if "training" in found:
+        lines.extend(["", "A real training, stopped when its time was over:", "", "```bash",
+                      found["training"]["command"], "```"])
+        show("What its log says", found["training"]["rows"])
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,119 @@
+"""bench --report: what it measures can be measured, what it wrote stays, and a cut leaves what was done."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from nano_dmd import bench, train
+from nano_dmd.engine import report
+from nano_dmd.engine.config import resolve
+from nano_dmd.engine.files import UserError
+from nano_dmd.engine.prepare import prepare
+from nano_dmd.teacher import load_teacher
+from nano_dmd.teachers import zoo
+from nano_dmd.teachers.data import load_data
+
+CPU = torch.device("cpu")
+NUMBERS = {f"{part} ms": 100.0 for part in ("G forward", "critic update", "G update", "whole step", "bare", "student")} | {
+    "teacher ms": 5000.0, "images/s": 40.0, "peak %": 50.0, "memory MiB": 1000}
+
+
+def settings(changes):
+    return {"preset": "digits", "device": "cpu"} | changes
+
+
+def test_random_networks_are_the_published_ones(monkeypatch):
+    """Shapes of EDM's CIFAR-10 and ImageNet-64 checkpoints; images of noise that fit the network."""
+    published = {"random:cifar10": "edm-cifar10-32x32-cond-vp", "random:imagenet64": "edm-imagenet-64x64-cond-adm"}
+    layouts = json.loads((Path(__file__).parents[1] / "golden" / "edm_checkpoint_layouts.json").read_text())
+    assert published.keys() == zoo.RANDOM.keys()
+    for name, args in zoo.RANDOM.items():
+        with torch.device("meta"):
+            net = zoo.untrained(dict(network="edm", args=args, sigma_data=0.5, bf16=False)).net
+        shapes = {f"model.{k}": list(v.shape) for k, v in net.state_dict().items()}
+        assert shapes == layouts[published[name]]["state_dict"]
+    small = dict(zoo.RANDOM["random:cifar10"], model_channels=16, num_blocks=1)
+    monkeypatch.setitem(zoo.RANDOM, "random:cifar10", small)
+    teacher = load_teacher("random:cifar10")
+    images = load_data(teacher.data)
+    assert (images.shape, images.classes) == (teacher.shape, teacher.classes) == ((3, 32, 32), 10)
+    cfg = resolve(settings(dict(preset="cifar10", method="dmd2", teacher="random:cifar10", batch=4)))
+    assert bench.bench(cfg, 1)["images/s"] > 0
+
+
+@pytest.mark.parametrize("name", ["random:3x0:10", "random:4x8:10", "random:3x8:1001", "random:sid"])
+def test_names_of_noise(name):
+    with pytest.raises(UserError, match="names like random:3x32:10"):
+        load_data(name)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_every_part_of_the_plan_is_a_run(gpu, tmp_path, monkeypatch):
+    """Settings resolve; each of a tiny network can be prepared; the goals' parts come first."""
+    plan = list(report.plan(gpu))
+    assert [label for _, label, *_ in plan[:3]] == ["cifar10 sid, bf16", "cifar10 sid, bf16 compiled", "cifar10 sid, fp32"]
+    seen = []
+    monkeypatch.setattr(report, "training", lambda *args: dict(command="", rows={}))
+    monkeypatch.setattr(report, "what_it_is", lambda device: dict(device="x", torch="2", threads=1))
+    monkeypatch.setattr(report, "plan", lambda on_a_gpu: plan)
+    report.report(tmp_path, 60, CPU, "", lambda cfg, repeats, limit: (seen.append(cfg), NUMBERS)[1], "bench")
+    assert len(seen) == len(plan) and len({(c.teacher, c.method, c.bf16, c.tf32, c.compile) for c in seen}) > 12
+    prompts = str(tmp_path / "prompts.txt")
+    for cfg in seen:
+        if cfg.teacher == "random:sd15" and not gpu:
+            tiny = dict(teacher="random:tiny", batch=1, pairs=2, prompts=prompts, device="cpu", compile=False)
+            assert prepare(resolve(vars(cfg) | tiny), CPU)[3]().z.shape[2:] == (4, 8, 8)
+
+
+def test_a_report_holds_what_was_done(tmp_path, monkeypatch):
+    """Written after every part; a part that fails says why and stops nothing; ratios by hand."""
+    def measured(cfg, repeats, limit):
+        written = json.loads((tmp_path / "report.json").read_text())
+        assert len(written["parts"]) == len(calls)
+        calls.append(cfg)
+        if cfg.method == "dmd":
+            raise torch.OutOfMemoryError("no room")
+        return NUMBERS | {"whole step ms": 900.0 if not cfg.bf16 else 200.0}
+
+    calls = []
+    monkeypatch.setattr(report, "training", lambda *args: dict(command="train", rows={"100 updates": {"fixed_fd": 0.5}}))
+    monkeypatch.setattr(report, "what_it_is", lambda device: {"device": "x", "torch": "2", "threads": 1, "TFLOP/s bf16": 1.5})
+    text = report.report(tmp_path, 60, CPU, "", measured, "python -m nano_dmd.bench --report X")
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert text == (tmp_path / "report.md").read_text() and len(found["parts"]) == len(calls) > 20
+    assert report.against_official(found["parts"])["sid, bf16"] == {"stand-in ms": 1000.0, "ours ms": 200.0, "times": 5.0}
+    assert report.latencies(found["parts"])["cifar10, bf16"]["ratio"] == 50.0
+    for words in ("no room", "100 updates", "1.5 TFLOP/s bf16", "LoRA fake score", "bench --report X"):
+        assert words in text
+
+
+def test_a_report_whose_time_is_over_is_a_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "training", lambda *args: dict(command="train", rows={}))
+    monkeypatch.setattr(report, "what_it_is", lambda device: dict(device="x", torch="2", threads=1))
+    report.report(tmp_path, 0, CPU, "", lambda *args, **more: pytest.fail("there was no time"), "bench")
+    assert json.loads((tmp_path / "report.json").read_text())["parts"] == []
+
+
+def test_the_training_of_a_report(tmp_path, monkeypatch, quick):
+    """A real run, stopped by the clock: what its log says by then.  Of digits, where no images are found."""
+    def until_it_is_stopped(command, timeout, **more):
+        train.main([*command[3:], "--steps", "6", "--teacher_steps", "3", "--log_every", "2", "--eval_every", "2"])
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(report.subprocess, "run", until_it_is_stopped)
+    found = report.training(tmp_path / "run", 100, CPU, "")
+    assert "--preset digits" in found["command"] and "--no-compile" in found["command"]
+    assert list(found["rows"]) == ["2 updates", "4 updates", "6 updates"]
+    for name, row in found["rows"].items():
+        assert row["images/s"] == pytest.approx(64 * int(name[0]) / row["minutes"] / 60) and row["fd"] > 0
+
+
+def test_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "report", lambda *args: f"{args[:2]} {args[3]}")
+    bench.main(["--report", str(tmp_path), "--minutes", "2", "--device", "cpu", "--data", "folder"])
+    assert f"('{tmp_path}', 2) folder" in capsys.readouterr().out
+    with pytest.raises(UserError, match="leave --batch out"):
+        bench.main(["--report", str(tmp_path), "--batch", "3"])
