@@ -38,8 +38,7 @@ def parse_row(preset, row):
     config.add_config_flags(p)
     given = vars(p.parse_args(flags))
     if taken := [n for n in ("preset", "method", "seed", "out", "control") if n in given]:
-        raise UserError(f"--{taken[0]} cannot stand in the row {row!r}: give --preset, --seeds or "
-                        "--out for all rows")
+        raise UserError(f"--{taken[0]} cannot stand in a row ({row!r}): leave it out")
     return dict(given, preset=preset, method=method, control=False)
 
 
@@ -177,7 +176,7 @@ def main(argv=None):
     p.add_argument("--preset", default="digits", help="a name in presets.py")
     p.add_argument("--seeds", type=config.number(1, 10**6), default=5, help="runs per row")
     p.add_argument("--first_seed", type=config.number(0, 2**62), default=0,
-                   help="of those runs; take others than the ones settings were tuned on")
+                   help="seed of the first run; choose seeds that no setting was tuned on")
     p.add_argument("--jobs", type=config.number(1, 1000), default=1, help="runs side by side")
     p.add_argument("--out", default="", help="folder; empty = runs/compare-PRESET")
     args = p.parse_args(argv)

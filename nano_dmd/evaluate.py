@@ -4,8 +4,8 @@
 
 digits  fd        Frechet distance of pixels to the training images (a Gaussian per class does well)
         feat_fd   the same on the 64 features of a small classifier trained on every second image
-        precision, recall   share of samples in the data's 5-NN balls, of data in the samples'
-        accuracy  3-nearest-neighbour class of a sample is the class asked for
+        precision, recall   share of samples in the data's 5-NN balls; of data in the samples' balls
+        accuracy  share of samples whose class by 3 nearest neighbours is the class asked for
         nearest   mean L2 distance to the nearest training image (0 = copies)
 images  fixed_fd, fixed_precision, fixed_recall   stand-ins without a download; they are no FID
         fid, isc, kid, precision, recall   on Inception features, if --metric asks for one
@@ -22,15 +22,16 @@ import torch
 from tqdm import tqdm
 
 from nano_dmd.denoiser import heun
-from nano_dmd.engine import machine
+from nano_dmd.engine import find, machine
 from nano_dmd.engine.config import number, parser
 from nano_dmd.engine.files import UserError, command
-from nano_dmd.engine.find import find_data
 from nano_dmd.engine.runs import load_run
 from nano_dmd.metrics import images, inception, points, sets, text
 from nano_dmd.teachers.data import load_data
 
-TEACHER_STEPS = 50                  # of a usual Stable Diffusion sampler, one guided call each
+# The teacher's calls for one sample: 35 in 18 Heun steps; 50 in a usual Stable Diffusion sampler,
+# where a guided call is two network calls.
+CALLS = {"points": 35, "images": 35, "text": 50}
 DIGITS = ("fd", "feat_fd", "precision", "recall", "accuracy", "nearest")
 IMAGES = ("fixed_fd", "fixed_precision", "fixed_recall")
 POINTS = ("sw2", "in3", "modes", "weight_error")
@@ -53,15 +54,16 @@ def measure(sample, data, draws=5, k=1, n=2000):
             found.append(images.digit_metrics(x, data.labels, data))
         else:
             seeds = range(seed * n, (seed + 1) * n)
-            made = images.generate(sample, seeds, data.shape, data.classes, k, data.device,
-                                   show=False)
+            what = data.shape, data.classes, k, data.device
+            made = images.generate(sample, seeds, *what, show=False)
             found.append(images.standin_metrics(made, data, n))
     return sets.average(found)
 
 
 def quick(generator, data, n):
-    """The student's metrics from one draw: cheap enough while training.  {} without data."""
-    return measure(generator, data, 1, len(generator.sigmas), n) if data else {}
+    """The student's metrics from one draw: cheap enough while training.  {} without any."""
+    known = data and data.kind != "text"           # of images from text: evaluate, with captions
+    return measure(generator, data, 1, len(generator.sigmas), n) if known else {}
 
 
 @torch.no_grad()
@@ -72,13 +74,14 @@ def milliseconds(sample, teacher, device, k=1, batch=64, repeats=5):
     return 1000 * machine.median_seconds(lambda: sample(z, cond), device, repeats)
 
 
-def report_rows(generator, teacher, data, label, draws=5, n=2000):
-    """{"real halves", "teacher", label: {metric: number}}, with network calls and samples/s.
+def report_rows(generator, teacher, data, cfg, draws=5):
+    """{"real halves", "teacher", cfg.method: {metric: number}}, NFE (network calls) and speed.
 
-    Without data, a table of speeds alone.  draws: sets of samples to average the student over
+    Without data, speeds alone.  draws: sets of student samples.  The teacher is guided as in cfg.
     """
     device, k = next(generator.parameters()).device, len(generator.sigmas)
-    result = {}
+    real, twice = find.guided_by(teacher, cfg), cfg.guidance != 1
+    calls, result, n = CALLS[teacher.kind] * (1 + twice), {}, cfg.eval_images
     if data and data.kind == "images" and len(data) > 1:
         result["real halves"] = images.split_halves(data, n)
 
@@ -87,29 +90,29 @@ def report_rows(generator, teacher, data, label, draws=5, n=2000):
         speed = 64_000 / milliseconds(sample, teacher, device, k)
         return found | {"NFE": calls, "samples/s": speed}
 
-    result["teacher"] = row(lambda z, cond: heun(teacher.denoiser, z[0], cond), 1, 35, 1)
+    result["teacher"] = row(lambda z, cond: heun(real, z[0], cond), 1, calls, 1)
     result["teacher"]["seconds"] = teacher.recipe["seconds"] or None           # if trained here
-    result[label] = row(generator, k, k, draws)
-    result[label]["speed-up"] = result[label]["samples/s"] / result["teacher"]["samples/s"]
+    student = result[cfg.method] = row(generator, k, k, draws)
+    student["speed-up"] = student["samples/s"] / result["teacher"]["samples/s"]
     return result
 
 
 @torch.no_grad()
-def latency(nets, batch, repeats):
-    """Seconds for one image: (the student, TEACHER_STEPS times one guided call of the teacher)."""
-    z, cond = batch.z[:, :1], batch.cond[:1]
+def latency(nets, batch, kind, repeats):
+    """Seconds for one sample by (the student, the teacher: one guided call times CALLS[kind])."""
+    z, cond = batch.z[:, :1], None if batch.cond is None else batch.cond[:1]
     sigma = z.new_ones(1)
     guided = machine.median_seconds(lambda: nets.real(z[0], sigma, cond), z.device, repeats)
     student = machine.median_seconds(lambda: nets.ema(z, cond), z.device, repeats)
-    return student, TEACHER_STEPS * guided
+    return student, CALLS[kind] * guided
 
 
 @torch.no_grad()
 def latent_rows(nets, draw, cfg):
     """{"teacher", method: {metric: number}} of Stable Diffusion: latency, statistics of latents."""
     batch = draw()
-    x, (student, slow) = nets.ema(batch.z, batch.cond), latency(nets, batch, 3)
-    calls = TEACHER_STEPS * (2 if cfg.guidance != 1 else 1)
+    x, (student, slow) = nets.ema(batch.z, batch.cond), latency(nets, batch, "text", 3)
+    calls = CALLS["text"] * (2 if cfg.guidance != 1 else 1)
     return {"teacher": {"NFE": calls, "ms per image": 1000 * slow},
             cfg.method: {"NFE": len(batch.z), "ms per image": 1000 * student,
                          "speed-up": slow / student, "latent mean": x.mean().item(),
@@ -123,8 +126,7 @@ def inception_rows(cfg, teacher, generator, args, wanted, device):
     """
     reference = args.reference or cfg.data or teacher.data
     if not reference:
-        raise UserError(f"the data set of {args.run} is not known: name one, or an .npz of EDM's, "
-                        "with --reference")
+        raise UserError(f"the data set of {args.run} is not known: give --reference")
     if not reference.endswith(".npz"):
         reference = load_data(reference, device)
     found = []
@@ -141,7 +143,7 @@ def inception_rows(cfg, teacher, generator, args, wanted, device):
 
 
 def text_rows(cfg, teacher, generator, args, wanted, device):
-    """{method: metrics} of a text-to-image student on args.n prompts in turn; seed = number."""
+    """{method: metrics} of args.n images of a student, prompts in turn; image i has seed i."""
     from nano_dmd.teachers.text_to_image import read_prompts
 
     if not teacher.decode:
@@ -164,7 +166,7 @@ def text_rows(cfg, teacher, generator, args, wanted, device):
 def wanted_metrics(asked, teacher, data_name):
     """(names in --metric, how they are measured: "text", "inception" or "own").  raises UserError.
 
-    precision and recall of digits are their own; asked for together with fid, those of Inception.
+    precision and recall of digits compare pixels, or Inception features if fid is asked for too.
     """
     wanted = [name.strip() for name in asked.split(",")] if asked is not None else []
     own = DIGITS if data_name == "digits" else {"points": POINTS}.get(teacher.kind, IMAGES)
@@ -203,11 +205,10 @@ def main(argv=None):
     cfg, teacher, generator = load_run(args.run, device)
     wanted, how = wanted_metrics(args.metric, teacher, cfg.data or teacher.data)
     if how == "own" and args.reference:
-        raise UserError(f"--reference is for {', '.join(inception.METRICS)}: give one by --metric, "
-                        "or leave it out")
+        raise UserError(f"--reference is for --metric {','.join(inception.METRICS)}: leave it out")
     if how == "own":
-        data = find_data(cfg, teacher, device)
-        found = report_rows(generator, teacher, data, cfg.method, args.draws, cfg.eval_images)
+        data = find.find_data(cfg, teacher, device)
+        found = report_rows(generator, teacher, data, cfg, args.draws)
     else:
         rows = inception_rows if how == "inception" else text_rows
         found = rows(cfg, teacher, generator, args, wanted, device)

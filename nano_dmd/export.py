@@ -5,9 +5,9 @@
     DiffusionPipeline.from_pretrained(DIR)("a red cube", num_inference_steps=1, guidance_scale=0)
 
 Students that start from unit noise (DMD, DMD2) get an LCMScheduler, whose steps are ours: predict
-x0, noise it again. SiD's starts from sigma z at timestep 625. That is one Euler step on the first
-626 timesteps of the schedule. A LoRA student is merged into the weights;
-pytorch_lora_weights.safetensors holds it alone.
+x0, noise it again. SiD's student starts from sigma z at timestep 625. That is one Euler step on
+the first 626 timesteps of the schedule. LoRA updates are merged into the weights.
+pytorch_lora_weights.safetensors holds the updates alone.
 """
 
 import shutil
@@ -47,14 +47,13 @@ The licence and the terms of use of the base model apply to these weights too.
 
 
 def timesteps(cfg):
-    """The timesteps of the student's steps, descending.  raises UserError if one has none."""
+    """Timesteps of the student's noise levels, descending.  raises UserError for others."""
     table, found = sd_sigmas(), []
     for sigma in cfg.sigma_list():
         index = (table / sigma).log().abs().argmin().item()
         if abs(table[index].item() / sigma - 1) > 1e-4:
-            raise UserError(f"sigma {sigma:g} is not a timestep of Stable Diffusion (the "
-                            f"nearest, {index}, is {table[index]:g}): train with --sigmas t999 "
-                            "and the like")
+            raise UserError(f"sigma {sigma:g} is no timestep of Stable Diffusion, the nearest is "
+                            f"t{index} ({table[index]:g}): train with --sigmas t999 and the like")
         found.append(index)
     return found
 

@@ -94,7 +94,7 @@ def curve(ax, lines, value, style, colour, label, width=1.5):
 
 
 def log_scale(ax):
-    """Logarithmic y axis of what is drawn already, with ticks that read 0.02 also in one decade."""
+    """Make the y axis logarithmic, after drawing; ticks read 0.02, also within one decade."""
     from matplotlib.ticker import LogLocator
 
     if ax.dataLim.ymax <= 0:                       # all zero: a fake score that nothing trains

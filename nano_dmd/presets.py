@@ -4,8 +4,8 @@ NAME is shared by its methods; NAME-METHOD says what differs for one. `--preset 
 `--preset NAME --method METHOD` picks it. The knobs are explained in engine/config.py.
 
 Published settings are written in our conventions. "Uniform t" of the papers is a karras(low,high).
-SiD sums over pixels and scales by 100, here losses are means: so w_sid = 100 CHW and w_fake = CHW
-(Adam divides constants out, except against its eps). Half-lives in images become updates.
+SiD sums over pixels and scales by 100 (SiD-LSG by 1); losses here are means. So w_sid = 100 CHW,
+w_fake = CHW. Adam removes such factors, but for its eps. Half-lives in images become updates.
 """
 
 # 2D points, exact score, one CPU thread: about 45 s each.
@@ -63,7 +63,7 @@ PRESETS |= {
         reg_loss="lpips", pairs=25_000, pair_steps=256),
 }
 
-# CIFAR-10: FastGen config_dmd2_cifar10.py (conditional; its "100k iterations" are ours times 5);
+# CIFAR-10: FastGen config_dmd2_cifar10.py (conditional; its 100k iterations are 20k steps here);
 # DMD2 itself has no such recipe.  ImageNet: DMD2 experiments/imagenet/*.sh, main/edm/train_edm.py.
 CIFAR_DMD2 = dict(
     DMD, steps=20_000, batch=2048, lr_generator=1e-4, lr_critic=1e-4, critic_steps=5, w_gan=1e-3,
@@ -76,8 +76,8 @@ PRESETS |= {
         w_disc=1e-2),
 }
 
-# SiD run_sid.sh: lines 49-71, 20-45, 73-98, 100-125 (Differs: generator beta1 .9 there) and
-# 127-151.
+# SiD run_sid.sh, in the order below: lines 49-71, 20-45, 73-98, 100-125, 127-151.
+# Differs: for FFHQ the generator's beta1 is .9 there.
 SID = dict(
     sigmas="2.5", dm_sigma="karras(0.002,24.4)", beta2=0.999, clip=0, warmup=0, alpha=1.2,
     lr_generator=1e-5, lr_critic=1e-5, w_sid=307_200, w_fake=3072, ema=1953, batch=256)
@@ -107,8 +107,7 @@ SD = dict(
 SD_DMD2 = dict(steps=4000, batch=2048, guidance=1.75, critic_steps=10)
 PRESETS |= {
     "sd15": dict(SD, method="dmd2"),
-    # DMD paper, B.3.  Differs: L2 on latents (the paper's is --reg_loss lpips), Heun (there PNDM
-    # 50).
+    # DMD paper, B.3.  Differs: L2 on latents (there --reg_loss lpips), Heun (there PNDM, 50 steps).
     "sd15-dmd": dict(
         steps=20_000, batch=2304, guidance=3.0, w_reg=0.25, pairs=500_000, pair_steps=26),
     # DMD2 experiments/sdv1.5/*.sh: stage 1 (40k critic updates), then stage 2 (5k) on --init RUN.
@@ -118,7 +117,7 @@ PRESETS |= {
         lr_critic=5e-7),
     # DMD2 does several steps for SDXL alone.
     "sd15-dmd2-4step": dict(SD | SD_DMD2, method="dmd2", sigmas="t999,t749,t499,t249"),
-    # SiD-LSG run_sid.sh:61-88, 10 M images.
+    # SiD-LSG run_sid.sh:61-88, 10 M images.  Differs: guidance is 2 there; 1.5 has the best FID.
     "sd15-sid": dict(
         steps=19_531, batch=512, sigmas="t625", unit_noise=False, guidance=1.5, fake_guidance=1.5,
         critic_dropout=0.1, dm_sigma="sd(20,979)", critic_sigma="sd(20,979)", alpha=1.0, beta1=0.0,
@@ -126,8 +125,8 @@ PRESETS |= {
         w_fake=16_384),
 }
 
-# CIFAR-10 from a teacher of one's own.  scratch: one H100, about a lecture; small: a CPU, to see
-# every part work.
+# CIFAR-10 from a teacher of one's own.  scratch: one H100, 20 to 40 minutes (estimated);
+# small: a CPU, to see every part work.
 CIFAR = dict(sigmas="2.5", dm_sigma="lognormal(-0.8,1.4)", gan_sigma="lognormal(-0.5,1.2)")
 PRESETS |= {
     "cifar10-scratch": dict(

@@ -1,7 +1,6 @@
 """Draw samples from a finished run: numbers as .npy, pictures as .png.
 
-    python -m nano_dmd.sample RUN --n 64 --out grid.png [--class 3 | --prompt "a red cube"] [--seed
-    0]
+    python -m nano_dmd.sample RUN --n 64 --out grid.png [--class 3 | --prompt "a red cube"]
 """
 
 import io
@@ -23,8 +22,7 @@ from nano_dmd.metrics.sets import in_batches
 def sample(folder, n, label=None, seed=0, device="cpu", prompt=None):
     """(n, *S) samples of the averaged generator on the CPU; classes in turn unless label picks one.
 
-    Of a Stable Diffusion student: images for prompt, else for the prompts it was trained on, in
-    turn.
+    A Stable Diffusion student draws images of prompt, else of its training prompts in turn.
     """
     cfg, teacher, generator = load_run(folder, device)
     rng = torch.Generator().manual_seed(seed)
@@ -34,8 +32,7 @@ def sample(folder, n, label=None, seed=0, device="cpu", prompt=None):
             raise UserError(f"--class {label}: {folder} is told by prompts, give --prompt")
         return sample_text(cfg, teacher, generator, z, prompt)
     if prompt is not None:
-        raise UserError(f"--prompt: {folder} is no student of Stable Diffusion; give --class or "
-                        "nothing")
+        raise UserError(f"--prompt: {folder} is no student of Stable Diffusion; leave it out")
     if label is not None and not 0 <= label < teacher.classes:
         raise UserError(f"--class {label}: this run has {teacher.classes} classes, counted from 0")
     cond = None

@@ -1,4 +1,4 @@
-"""Distil a teacher into a one-step generator.
+"""Distil a teacher into a one-step or few-step generator.
 
     python -m nano_dmd.train --preset digits --method sid --seed 1
 
@@ -63,7 +63,7 @@ def train(cfg, nets, opts, draw, progress, step=0, seconds=(0.0, 0.0)):
 
 
 def check_finite(history, nets):
-    """Stop at the first step whose losses are not finite; the device is waited for once.
+    """Raise UserError at the first loss of history that is not finite; wait for the device once.
 
     A finite loss can have a gradient that is not.  So the weights are looked at too, before a save.
     """
@@ -124,8 +124,7 @@ def finish(cfg, teacher, nets, draw, progress, seconds, processes):
     if teacher.kind == "text":
         rows |= evaluate.latent_rows(nets, draw, cfg)
     else:
-        rows |= evaluate.report_rows(nets.ema, teacher, draw.data, cfg.method,
-                                     n=cfg.eval_images)
+        rows |= evaluate.report_rows(nets.ema, teacher, draw.data, cfg)
     parallel.close()
     if not progress.writes:
         return None

@@ -38,8 +38,8 @@ def notes_are_said_again():
 def quick(monkeypatch):
     """Runs without final evaluation, diagrams and the teacher's answer for the pictures: no weight depends on them."""
     monkeypatch.setattr(train, "have_matplotlib", lambda: False)
-    monkeypatch.setattr(evaluate, "report_rows", lambda net, teacher, data, label, n: {
-        "teacher": {"NFE": 35, "seconds": 1.0}, label: {"NFE": len(net.sigmas)}})
+    monkeypatch.setattr(evaluate, "report_rows", lambda net, teacher, data, cfg: {
+        "teacher": {"NFE": 35, "seconds": 1.0}, cfg.method: {"NFE": len(net.sigmas)}})
     monkeypatch.setattr(progress, "heun", lambda denoiser, z, cond=None, **levels: 0.5 * z)
 
 

@@ -785,8 +785,8 @@ def all_cases(seed, only=None):
 
 def quick():
     """Runs without pictures and the final evaluation."""
-    def rows(net, teacher, data, label, *args, **more):
-        return {"teacher": {"NFE": 35, "seconds": 1.0}, label: {"NFE": len(net.sigmas)}}
+    def rows(net, teacher, data, cfg, **more):
+        return {"teacher": {"NFE": 35, "seconds": 1.0}, cfg.method: {"NFE": len(net.sigmas)}}
 
     def moments(model, files, *args):
         return (np.zeros((8, 8, 8), np.float16) for _ in files)

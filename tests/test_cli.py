@@ -101,7 +101,7 @@ MISTAKES = [
     (["--out", "a\0b"], "--out: is 'a\\x00b', which is not UTF-8 text"),
     (["--teacher", "\udcff"], "--teacher: is '\\udcff', which is not UTF-8 text"),
     (["--data", "/dev/zero"], "no data set '/dev/zero'"),
-    (["--sigmas", ",".join(map(str, range(100, 0, -1)))], "--sigmas must be at most 64 numbers"),
+    (["--sigmas", ",".join(map(str, range(100, 0, -1)))], "at most 64 numbers"),
     *[([f"--{name}", x], f"--{name}") for name in ("dm_sigma", "critic_sigma", "gan_sigma") for x in (
         "", "lognormal", "lognormal(0)", "lognormal(a,b)", "lognormal(0,0)", "lognormal(0,-1)", "lognormal(nan,1)",
         "lognormal(inf,1)", "lognormal(0,inf)", "karras(2,1)", "karras(0,1)", "karras(nan,1)", "uniform(0,1)",
@@ -109,7 +109,7 @@ MISTAKES = [
     *[(["--sigmas", x], f"got '{x}'") for x in (
         "1,2", "1,1", "0", "-1", "", "1,", "a", "nan", "inf", "inf,1", "2;1", "t-1", "t", "t1000", "1e300")],
     (["--sigmas", "2,1"], "one-step"),                                                # dmd regresses to pairs
-    (["--method", "sid", "--w_gan", "1"], "must both be 0 or both be positive"),
+    (["--method", "sid", "--w_gan", "1"], "give both, or 0 to both"),
     (["--method", "sid", "--w_sid", "0"], "--w_sid"),
     (["--method", "regression", "--w_reg", "0"], "--w_reg"),
     (["--teacher", "nope"], "no teacher 'nope'"),
@@ -150,7 +150,7 @@ def test_device_without_float64(complain, monkeypatch):
 def test_data_of_another_shape(complain, toy_run):
     """The GAN would compare digits with points; the mismatch is named before anything is written."""
     text = complain(TOY + ["--data", "digits"])                   # toy_run has trained the teacher
-    assert "--data digits has samples of shape (1, 8, 8) in 10 classes, --teacher toy:ring8 makes (2,) in 0" in text
+    assert "--data digits has (1, 8, 8) samples in 10 classes, --teacher toy:ring8 makes (2,) in 0" in text
 
 
 def test_unwritable_folder(complain, tmp_path):
@@ -234,7 +234,7 @@ def test_evaluate_a_broken_run(complain, finished, name, content):
 
 @pytest.mark.parametrize("argv, text", [
     ([], "rows"), (["sid", "--seeds", "0"], "--seeds"), (["sid", "--jobs", "0"], "--jobs"),
-    (["gan"], "--method must be one of"), (["sid --help"], "--help"), (["--", "sid --seed 4"], "--seed cannot stand in the row"),
+    (["gan"], "--method must be one of"), (["sid --help"], "--help"), (["--", "sid --seed 4"], "--seed cannot stand in a row"),
     (["sid", "sid --method dmd"], "--method cannot stand"), (["sid --preset digits"], "--preset cannot stand"),
     (["sid --out x"], "--out cannot stand"), (["sid --resume"], "--resume"),
     (["sid", "dmd --nope 1"], "--nope"), (["sid", "dmd --steps 0"], "--steps"),

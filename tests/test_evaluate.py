@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from nano_dmd import evaluate
-from nano_dmd.engine import runs
+from nano_dmd.engine import progress, runs
+from nano_dmd.engine.config import resolve
+from nano_dmd.engine.prepare import prepare
 from nano_dmd.metrics import images, points, sets
 from nano_dmd.engine.files import UserError
 from nano_dmd.teachers.data import load_data
@@ -83,6 +85,10 @@ def test_image_metrics_see_what_each_other_misses():
     data = load_data("digits")
     real = images.split_halves(data)
     assert real["accuracy"] > 0.95 and real["recall"] > 0.9 and real["fd"] < 0.4
+    order, net = torch.randperm(1797, generator=torch.Generator().manual_seed(0)), images.digit_classifier(data)
+    with torch.no_grad():                                         # the space of feat_fd is everybody's
+        halves = [net.features(data.x[half]) for half in (order[:898], order[898:])]
+    assert real["feat_fd"] == pytest.approx(sets.frechet(*halves), rel=1e-5)
     means = torch.stack([data.x[data.labels == c].mean(0) for c in range(10)])[data.labels]
     fooled = images.digit_metrics(means, data.labels, data)
     assert fooled["accuracy"] == 1.0 and fooled["recall"] < 0.1 and fooled["fd"] > 10 * real["fd"]
@@ -91,6 +97,22 @@ def test_image_metrics_see_what_each_other_misses():
     with torch.no_grad():
         net = images.digit_classifier(data)
         assert (net(data.x[1::2]).argmax(1) == data.labels[1::2]).float().mean() > 0.95   # images it never saw
+
+
+def test_the_teacher_is_guided_as_in_training(tmp_path, monkeypatch):
+    """--guidance 2: the report's teacher row (70 network calls) and the log's reference are of u + 2 (c - u)."""
+    cfg = resolve(dict(preset="digits", method="sid", guidance=2.0, teacher_steps=5, device="cpu"))
+    teacher, nets, _, draw = prepare(cfg, torch.device("cpu"))
+    asked = []
+    for module in (evaluate, progress):
+        monkeypatch.setattr(module, "heun", lambda denoiser, z, cond: (asked.append(denoiser), z)[1])
+    monkeypatch.setattr(evaluate, "measure", lambda sample, *args: (sample(torch.zeros(1, 2, 1, 8, 8), None), {"fd": 1.0})[1])
+    rows = evaluate.report_rows(nets.ema, teacher, draw.data, cfg, draws=1)
+    progress.Progress(cfg, teacher, torch.device("cpu"), tmp_path)
+    x, sigma, cond = torch.randn(2, 1, 8, 8), torch.ones(2), torch.tensor([1, 7])
+    u, c = teacher.denoiser(x, sigma, None), teacher.denoiser(x, sigma, cond)
+    assert rows["teacher"]["NFE"] == 70 and rows["sid"]["NFE"] == 1
+    assert all(torch.allclose(denoiser(x, sigma, cond), u + 2 * (c - u), atol=1e-6) for denoiser in asked) and len(asked) >= 2
 
 
 def test_measure_depends_on_nothing_but_the_sampler():

@@ -238,7 +238,7 @@ def test_few_images_have_the_metrics_they_can_have(count, tmp_path, capsys):
     teacher = Teacher("images", lambda x, sigma, cond: 0.5 * x, (3, 8, 8), 0, 0.5, "", None, {"seconds": 0})
     generator = torch.nn.Linear(1, 1)
     generator.forward, generator.sigmas = lambda z, cond: z[0], (1.0,)
-    rows = evaluate.report_rows(generator, teacher, images, "sid", draws=2, n=count)
+    rows = evaluate.report_rows(generator, teacher, images, config.Config(method="sid", eval_images=count), draws=2)
     assert (rows["sid"]["fixed_fd"] is None) == (count < 2) and (rows["sid"]["fixed_recall"] is None) == (count < 6)
     halves = rows.get("real halves", {"fixed_recall": None})
     assert ("real halves" in rows) == (count > 1) and (halves["fixed_recall"] is None) == (count < 12)

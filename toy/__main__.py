@@ -3,8 +3,8 @@
     python -m toy [--target ring8] [--methods NAME,NAME] [--seeds 5]
 
 samples.png  the target, the teacher and the one-step students of seed 0
-field.png    real score, fake score and their difference, along which DMD moves samples, early in
-             the training of the first method
+field.png    real score, fake score and their difference early in the training of the first method;
+             DMD moves samples along the difference
 samples.gif  the students' samples while they train
 """
 
@@ -65,7 +65,7 @@ def sample(generator, n):
 
 
 def draw_samples(path, target, folders, result, n=5000):
-    """folders {method: run folder}; result as compare returns it, for the titles."""
+    """Write samples.png.  folders {method: run folder}; result is compare's, for the titles."""
     def title(name, calls):
         sw2, in3 = result[name]["sw2"][0], result[name]["in3"][0]
         return f"{name}, {calls} network call{'s' * (calls > 1)}\nsw2 {sw2:.2f}, in3 {in3:.3f}"
@@ -99,7 +99,7 @@ def moments_of(steps, n=40):
 
 
 def draw_movie(path, target, configs, n=1500):
-    """The same noise through the averaged generator of every {method: Config} while it trains."""
+    """Write samples.gif: samples of each averaged generator from the same noise while it trains."""
     when, movie = moments_of(max(cfg.steps for cfg in configs.values())), {}
     for method, cfg in configs.items():
         times = [min(m, cfg.steps) for m in when]

@@ -25,7 +25,7 @@ class Mixture:
         equal = weights is None
         weights = torch.ones(k) if equal else torch.as_tensor(weights, dtype=torch.float32)
         self.weights, self.labels = weights / weights.sum(), labels
-        self.odds = self.weights.cpu()  # never moved: to draw there, a GPU need not be waited for
+        self.odds = self.weights.cpu()  # stays on the CPU, so that sample never waits for a GPU
         self.shape = tuple(self.means.shape[1:])
         self.classes = 0 if labels is None else int(labels.max()) + 1
 

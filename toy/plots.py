@@ -16,7 +16,7 @@ from nano_dmd.plot import figure
 # safe for colour-blind readers
 REAL, FAKE = "#0072B2", "#D55E00"
 TEACHER, GRADIENT = "#009E73", "#AA3377"
-EXTENT = 1.25  # data units; every mixture has std 0.5 per axis
+EXTENT = 1.25  # data units; every mixture has std about 0.5 per axis
 
 
 def plot_plane(ax, title=""):

@@ -55,7 +55,7 @@ def tune(denoiser, cfg, device):
 
 
 def head(fake, teacher, cfg, device):
-    """The Discriminator.  Small ones are drawn without GAN too: a seed starts the same run."""
+    """The Discriminator.  Without GAN a small one is made too, so a seed draws the same run."""
     if teacher.kind == "text" and not cfg.w_disc:  # 10 M weights for nothing
         return nn.Identity()
     z = torch.zeros(2, *teacher.shape, device=device)
@@ -66,7 +66,7 @@ def head(fake, teacher, cfg, device):
 
 
 def perceptual_distance(cfg, teacher, device):
-    """LPIPS of x (B, *S), or of the images of x where these are latents."""
+    """distance(x, y) -> (B,): LPIPS of x, y (B, *S), of the decoded images if they are latents."""
     from nano_dmd.teachers.diffusers_unet import lpips
     from nano_dmd.teachers.text_to_image import differentiable_decoder
 
@@ -107,7 +107,7 @@ def offload(denoiser, device):
 
 
 def optimiser(parameters, cfg):
-    """AdamW on the trained ones.  Its moments take 8 bytes a weight, 2 with cfg.adam8bit."""
+    """AdamW on parameters that require grad.  Moments: 8 bytes a weight, 2 with cfg.adam8bit."""
     args = dict(betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
     trained = [p for p in parameters if p.requires_grad]
     if not cfg.adam8bit:
@@ -121,7 +121,7 @@ def optimiser(parameters, cfg):
 
 
 def set_learning_rates(opts, step, cfg):
-    """Linear warm-up, then linear decay to 0 from cfg.decay_from of the run on."""
+    """Linear warm-up over cfg.warmup steps; after cfg.decay_from of the run, linear decay to 0."""
     left = (1 - step / cfg.steps) / (1 - cfg.decay_from) if cfg.decay_from < 1 else 1.0
     factor = min(1.0, left, (step + 1) / cfg.warmup if cfg.warmup else 1.0)
     for name, opt in opts.items():

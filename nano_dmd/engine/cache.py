@@ -4,8 +4,8 @@
     python -m nano_dmd.engine.cache --clear             delete all but downloads
     python -m nano_dmd.engine.cache --clear text pairs  delete the entries whose names begin so
 
-An entry is NAME-KEY. KEY is a digest of everything the entry depends on: the files behind a name,
-not the name. NAME-KEY.made.json beside it says what that was.
+An entry is NAME-KEY. KEY is a digest of everything the entry depends on, files by a fingerprint,
+never by name alone. NAME-KEY.made.json beside it lists what KEY was made of.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ def visible(name):
 
 
 def visible_files(folder, above=()):
-    """The files in a folder and the folders in it, "a/b.png" for example, sorted; no hidden ones.
+    """Sorted paths of all files under a folder, relative to it ("a/b.png"); hidden ones left out.
 
     Links are followed, but not back to a folder above.  raises UserError
     """
@@ -47,10 +47,10 @@ def visible_files(folder, above=()):
 
 
 def fingerprint(*files):
-    """Ten hex digits that change when one of some files is another one or was written to.
+    """Ten hex digits that change when one of the files is replaced or written to.
 
-    They come from names, sizes and times, also the time of the last change of any kind: copies may
-    keep the other one.  A folder stands for the files in it.  raises UserError
+    They come from paths, sizes and two times: of the last write, which a copy may keep, and of the
+    last change of any kind.  A folder stands for the files in it.  raises UserError
     """
     stamps = []
     for path in map(os.path.abspath, files):
@@ -77,8 +77,8 @@ def made_file(path):
 def cached(name, made_of, make, suffix="", parts=("",)):
     """The path of an entry, a file or a folder.  If it or one of its parts is missing, make(path).
 
-    It is made under another name and then renamed, so nobody sees half of it.  Of two processes
-    that make the same one, the slower drops its own.  made_of: everything the entry depends on
+    It is made under another name and then renamed, so nobody sees half of it.  If two processes
+    make the same one, the slower drops its folder or replaces the file.  made_of: all it depends on
     """
     path = cache_dir() / f"{name}-{digest(made_of)}{suffix}"
     begun = path.exists()                          # asked first: an entry that appears now is whole
@@ -118,7 +118,7 @@ def main(argv=None):
     found = [e for e in entries() if e[0].name.lstrip(".").startswith(tuple(clear or [""]))]
     if clear and not found:
         raise UserError(f"nothing in {cache_dir()} begins with {' or '.join(clear)}")
-    if clear == []:                                # downloads go by name: some came by hand
+    if clear == []:                                # keep downloads: some were put there by hand
         downloads = ("cifar10", ".pkl", ".pkl.json")
         found = [e for e in found if not e[0].name.endswith(downloads)]
     for path, size, age, made in found:

@@ -1,7 +1,6 @@
-"""Config: every knob with its unit, default and range, and how a command line becomes one.
+"""Config: every knob with its unit, default and range, and how a command line becomes a Config.
 
-Order of precedence: the defaults below < PRESETS[preset] < PRESETS[preset-method] < the command
-line.
+The later wins: defaults below, PRESETS[preset], PRESETS[preset-method], the command line.
 """
 
 import argparse
@@ -12,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
-from nano_dmd.engine.files import UserError, read_json
+from nano_dmd.engine.files import UserError, blame, read_json
 from nano_dmd.engine.schema import WORDS, mismatch, shown
 from nano_dmd.methods import METHODS, needs
 from nano_dmd.noise import parse_sigma, sd_sigmas
@@ -32,10 +31,10 @@ class Config:
     preset: str = knob("digits", "a name in presets.py")
     method: str = knob([*METHODS][0], " | ".join(METHODS))
     out: str = knob("", "run folder; empty = runs/PRESET-METHOD")
-    seed: int = knob(0, "everything drawn in the run follows from it", 0, 2**63 - 1)
+    seed: int = knob(0, "seed of everything drawn in training (pairs: a fixed seed)", 0, 2**63 - 1)
     steps: int = knob(400, "generator updates", 1, MANY)
     init: str = knob("", "run folder to start generator and fake score from: DMD2's second stage")
-    control: bool = knob(False, "methods with pairs: also train by regression alone")
+    control: bool = knob(False, "methods with pairs: also train by regression alone (one process)")
 
     teacher: str = knob("digits", "toy:NAME | digits | edm:NAME | FILE.pkl | hub name | folder")
     teacher_steps: int = knob(0, "updates when training the teacher; 0 = its recipe's", 0, MANY)
@@ -55,18 +54,18 @@ class Config:
     w_fake: float = knob(1.0, "weight of the critic's denoising loss", 0, MANY)
     w_disc: float = knob(0.0, "weight of the discriminator loss; 0 = GAN off", 0, MANY)
     critic_steps: int = knob(1, "critic updates per generator update (TTUR)", 1, 1000)
-    alpha: float = knob(1.0, "SiD's alpha: 0.5 is unbiased, 1.0-1.2 works best", -100, 100)
+    alpha: float = knob(1.0, "SiD's alpha: 0.5 is unbiased, SiD takes 1.0 or 1.2", -100, 100)
     normalise: bool = knob(True, "SiD: divide each sample's loss by mean |x - d_real|")
     fake_guidance: float = knob(1.0, "guidance of the fake score, for SiD-LSG; 1 = off", -100, 100)
     critic_dropout: float = knob(0.0, "share of labels dropped in the denoising loss", 0, 1)
     reg_loss: str = knob("l2", "distance of the regression loss", choices=("l2", "lpips"))
-    lpips_decoder: str = knob("madebyollin/taesd", "images of latents for lpips: a TAESD, or vae")
+    lpips_decoder: str = knob("madebyollin/taesd", "decodes latents for lpips: a TAESD, or vae")
 
     sigmas: str = knob("2.5", "noise levels of the generator's steps, descending, comma separated; "
                               "t999 = Stable Diffusion's timestep 999")
     unit_noise: bool = knob(False, "the first step sees unit noise (Stable Diffusion), not sigma z")
     backward_simulation: bool = knob(True, "train later steps on G's own output, not on data")
-    dm_sigma: str = knob("karras(0.0032,72)", "noise of the generator losses: karras(low,high), "
+    dm_sigma: str = knob("karras(0.0032,72)", "noise of the dm and sid losses: karras(low,high), "
                                               "lognormal(mean,std) or sd(first,last)")
     noisings: int = knob(1, "noisings of each sample in the dm and sid losses", 1, 1000)
     critic_sigma: str = knob("lognormal(-1.2,1.2)", "noise of the denoising loss")
@@ -75,12 +74,12 @@ class Config:
     batch: int = knob(64, "samples per update, over all processes", 1, 10**6)
     lr_generator: float = knob(1e-3, "Adam's rate for the generator", TINY, 10)
     lr_critic: float = knob(1e-3, "Adam's rate for fake score and discriminator", TINY, 10)
-    beta1: float = knob(0.0, "Adam's beta1; with momentum G and critic circle", 0, 0.999999)
+    beta1: float = knob(0.0, "Adam's beta1; above 0, G and critic may circle", 0, 0.999999)
     beta2: float = knob(0.99, "Adam's beta2", 0, 0.999999)
     weight_decay: float = knob(0.0, "AdamW's weight decay", 0, 10)
     warmup: int = knob(30, "updates of linear warm-up of the rates", 0, MANY)
     decay_from: float = knob(0.5, "part of the run after which rates fall to 0; 1 = never", 0, 1)
-    clip: float = knob(10.0, "limit of the gradient's norm, over a whole network; 0 = off", 0, MANY)
+    clip: float = knob(10.0, "limit of the gradient's norm, over one optimiser; 0 = off", 0, MANY)
     ema: float = knob(50.0, "half-life of the generator's average, updates; 0 = none", 0, MANY)
 
     device: str = knob("auto", "auto | cpu | cuda | cuda:1 ...")
@@ -94,13 +93,13 @@ class Config:
     lora_generator: int = knob(0, "rank of a LoRA student; 0 = train a full copy", 0, 4096)
     lora_critic: int = knob(0, "the same for the fake score", 0, 4096)
     half_frozen: bool = knob(False, "keep the teacher's weights in bfloat16 (needs --bf16)")
-    offload_teacher: bool = knob(False, "the teacher's weights visit the device for each call")
+    offload_teacher: bool = knob(False, "keep teacher weights in host memory between calls")
     adam8bit: bool = knob(False, "moments in 8 bits, by bitsandbytes")
 
     log_every: int = knob(25, "updates between lines of log.jsonl", 1, MANY)
     sample_every: int = knob(50, "updates between grids in samples/", 1, MANY)
     save_every: int = knob(100, "updates between checkpoints", 1, MANY)
-    eval_every: int = knob(0, "updates between metrics in log.jsonl; 0 = only at the end", 0, MANY)
+    eval_every: int = knob(0, "updates between metrics, on logged steps; 0 = at the end", 0, MANY)
     eval_images: int = knob(2000, "samples for the metrics of large data sets", 2, 10**6)
     log_to: str = knob("", "also log to tensorboard or wandb", choices=("", "tensorboard", "wandb"))
 
@@ -112,7 +111,7 @@ class Config:
             sigmas.append(table[int(step[1])].item() if step else as_number(s, float))
         right = len(sigmas) <= 64 and all(1e-4 <= s <= 1e4 for s in sigmas)
         if not right or sigmas != sorted(set(sigmas), reverse=True):
-            raise ValueError("at most 64 numbers from 1e-4 to 1e4, descending")
+            raise ValueError("give at most 64 numbers from 1e-4 to 1e4, descending, by commas")
         return sigmas
 
 
@@ -224,29 +223,23 @@ def validate(cfg):
         if problem := problem_of(f, getattr(cfg, f.name)):
             raise UserError(f"--{f.name} {problem}")
     for name in ("dm_sigma", "critic_sigma", "gan_sigma"):
-        try:
+        with blame(f"--{name}"):
             parse_sigma(getattr(cfg, name))
-        except ValueError as e:
-            raise UserError(f"--{name}: {e}") from e
-    try:
-        sigmas = cfg.sigma_list()
-    except ValueError as e:
-        raise UserError(f"--sigmas must be {e}, comma separated; got {cfg.sigmas!r:.80}") from None
-    if len(sigmas) > 1 and "pairs" in needs(cfg):
+    with blame(f"--sigmas, got {cfg.sigmas!r:.80}"):
+        several = len(cfg.sigma_list()) > 1
+    if several and "pairs" in needs(cfg):
         raise UserError("the regression loss needs a one-step generator: give one number in "
                         "--sigmas, or --w_reg 0, or another method")
     if cfg.half_frozen and not cfg.bf16:
         raise UserError("--half_frozen needs --bf16: give both or neither")
     if cfg.offload_teacher and (cfg.lora_generator or cfg.lora_critic or cfg.shard):
-        raise UserError("--offload_teacher cannot take weights away that LoRA uses or --shard has "
-                        "split: leave it out")
+        raise UserError("--offload_teacher does not go with LoRA or --shard: leave it out")
     if bool(cfg.w_gan) != bool(cfg.w_disc):
-        raise UserError(f"--w_gan {cfg.w_gan} and --w_disc {cfg.w_disc} must both be 0 or both be "
-                        "positive")
+        raise UserError(f"--w_gan {cfg.w_gan} and --w_disc {cfg.w_disc}: give both, or 0 to both")
 
 
 def as_number(text, kind):
-    """'12' or '1e-5' as an int or a float.  Python would also read '1_000': a typo here."""
+    """'12' or '1e-5' as an int or a float.  raises ValueError, also for Python's '1_000'."""
     pattern = r"[+-]?\d{1,30}"
     if kind is float:
         pattern = r"[+-]?(\d{1,30}\.?\d*|\.\d+)(e[+-]?\d{1,4})?|[+-]?inf|nan"

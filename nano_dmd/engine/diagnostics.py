@@ -34,7 +34,7 @@ def gaps(x, nets, cond):
 def gradient_norms(x, nets, batch, cfg):
     """{loss name: N * rms gradient at the samples}, N = x.numel(): comparable between batch sizes.
 
-    Samples are x, or what a loss makes the generator answer itself (the regression).
+    The samples are x.  A loss that calls the generator itself (regression) has that call's output.
     """
     norms = {}
     for weight, loss in METHODS[cfg.method].generator:
@@ -67,7 +67,7 @@ def diagnose(nets, batch, cfg):
 
 
 def to_floats(obj):
-    """Tensors to floats with five digits, through dicts and lists; NaN becomes None."""
+    """Tensors to floats of five digits, through dicts and lists; NaN and infinity become None."""
     if isinstance(obj, dict):
         return {k: to_floats(v) for k, v in obj.items()}
     if isinstance(obj, list):

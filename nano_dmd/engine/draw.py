@@ -28,7 +28,7 @@ class Batch:
     real      (B, *S)     data, with its own labels real_cond          (GAN only)
     pair_z    (1, B, *S)  noise, and the teacher's Heun answer pair_x   (regression only)
     x         (B, *S)     the generator's samples, once they are made (methods.samples)
-    seen      {loss name: (sigma (B,) | None, values (B,))} of this batch, for logs and NaN reports
+    seen      {loss name: (sigma | None, values)}, (n B,) each for n noisings: logs, NaN reports
     """
 
     z: torch.Tensor
@@ -88,7 +88,7 @@ class Draw:
         return self.data.sample(n, self.rng, mine)
 
     def cond(self, index):
-        """What the networks are told: the class itself, or the embeddings of that prompt."""
+        """cond of index (B,): the classes (B,) themselves, or prompts' embeddings (B, T, C)."""
         found = self.prompts[index] if self.prompts else index
         return found.to(self.device, non_blocking=True)
 
@@ -120,7 +120,7 @@ class Draw:
         return batch
 
     def take_pairs(self, batch, index):
-        """Noise-image pairs number index into batch."""
+        """Put the noise-image pairs numbered index (B,) into batch."""
         if "cond" in self.pairs:
             batch.pair_cond = self.cond(self.pairs["cond"][index])
         batch.pair_z = look_up(self.pairs["z"], index, self.device)[None]

@@ -75,12 +75,12 @@ def first_line(error, length=120):
 
 @functools.lru_cache(maxsize=None)
 def note(sentence):
-    """Print a note on stderr, each one once: it works, but the user may not have meant it."""
+    """Print a note on stderr, only once: the command goes on, but the user should know this."""
     print(f"note: {sentence}", file=sys.stderr, flush=True)
 
 
 def cache_dir():
-    """Where what is made once is kept: $NANO_DMD_CACHE, else ~/.cache/nano_dmd."""
+    """The cache's folder: $NANO_DMD_CACHE, else ~/.cache/nano_dmd.  raises UserError."""
     with blame("no cache", "say by $NANO_DMD_CACHE where to keep what is made once"):   # no home
         return Path(os.environ.get("NANO_DMD_CACHE") or Path.home() / ".cache" / "nano_dmd")
 
@@ -151,8 +151,7 @@ def check_writable(folder):
     """Raise UserError now if folder could not be written to later; touches nothing."""
     nearest = next(p for p in (Path(folder), *Path(folder).absolute().parents) if os.path.exists(p))
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise UserError(f"cannot write to {folder}: {nearest} is no folder to write to; choose "
-                        "another --out")
+        raise UserError(f"cannot write to {folder}: {nearest} forbids it; choose another --out")
 
 
 def plain(obj):
@@ -204,7 +203,7 @@ def read_json(path, kind=None):
 def read_lines(path):
     """[(number, stripped line)] of a UTF-8 text file, without blank lines.
 
-    A line ends where an editor ends it.  U+2028, which may stand in a caption, ends none.
+    A line ends with LF, CR or both.  U+2028, which some captions contain, does not end a line.
     """
     data = read_bytes(path)
     if b"\0" in data:
@@ -219,7 +218,7 @@ def read_lines(path):
 
 
 def save_tensors(path, tensors, **metadata):
-    """Write tensors as safetensors.  Metadata is one entry: several come in random order."""
+    """Write tensors as safetensors.  Metadata is one JSON entry: several change order by chance."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     extra = {"nano_dmd": json.dumps(metadata)} if metadata else None
     write_atomic(path, dump_safetensors(tensors, extra))
@@ -228,8 +227,7 @@ def save_tensors(path, tensors, **metadata):
 def load_tensors(path, wanted=None):
     """The tensors of a safetensors file; nothing in it is executed.
 
-    wanted  {name: (dtype, shape)}, see schema.wrong_tensors.  raises UserError where it is
-    otherwise
+    wanted  {name: (dtype, shape)}, see schema.wrong_tensors.  raises UserError if they differ
     """
     if not Path(path).exists():
         raise UserError(f"no {path}; is this the folder of a finished run?")
@@ -242,7 +240,7 @@ def load_tensors(path, wanted=None):
 
 
 def own_state(module):
-    """What of a module's state is its own: of LoRA the low-rank weights alone, else everything."""
+    """The state that belongs to a module: with LoRA the low-rank weights alone, else everything."""
     state = module.state_dict()
     return {name: t for name, t in state.items() if "lora_" in name} or state
 

@@ -16,8 +16,7 @@ from nano_dmd.teachers.data import load_data, resident
 def find_teacher(cfg, device, resumed=""):
     """The Teacher, with a network to start students from: an exact mixture gets one fitted to it.
 
-    resumed  folder of a run: its own teacher, whatever became of the data that teacher was trained
-    on
+    resumed  a run folder: its copy of the teacher is read, and the teacher's data is not needed
     """
     if resumed:
         teacher = load_teacher(str(resumed), device)
@@ -27,18 +26,17 @@ def find_teacher(cfg, device, resumed=""):
     teacher = load_teacher(cfg.teacher, device, data=cfg.data, **options)
     if teacher.net is None:
         check_guidance(cfg, teacher.classes, zoo.RECIPES["toy"])
-        net, recipe = zoo.fit_or_load(cfg.teacher, cfg.teacher, zoo.RECIPES["toy"], device,
-                                      **options)
-        teacher = teacher._replace(net=net, recipe=recipe)
+        found = zoo.fit_or_load(cfg.teacher, cfg.teacher, zoo.RECIPES["toy"], device, **options)
+        teacher = teacher._replace(net=found[0], recipe=found[1])
     check_guidance(cfg, teacher.classes, teacher.recipe)
     return teacher
 
 
 def find_data(cfg, teacher, device, data=None):
-    """Real data that fits the teacher: cfg.data, else what it was trained on here, else None.
+    """Real data that fits the teacher: cfg.data, else the teacher's own data, else None.
 
-    data  what cfg.data names, if it is loaded already.  raises UserError if needed data is not
-    known, or does not fit
+    A published teacher's data is loaded only if needed.  data  cfg.data, if it is loaded already.
+    raises UserError if needed data is not known, or if data does not fit
     """
     several = len(cfg.sigma_list()) > 1 and not cfg.backward_simulation
     needed = several or "real" in needs(cfg)
@@ -46,6 +44,8 @@ def find_data(cfg, teacher, device, data=None):
     if not name and needed:
         raise UserError(f"{cfg.method} with these settings needs real data, and that of "
                         f"{cfg.teacher} is not known: give --data")
+    if teacher.kind == "text" and cfg.flip:
+        raise UserError("--flip: latents of mirrored images are no mirrored latents; leave it out")
     if name and teacher.kind == "text":
         from nano_dmd.teachers.text_to_image import Latents
 
@@ -54,9 +54,8 @@ def find_data(cfg, teacher, device, data=None):
     if data and data.classes and not teacher.classes and data.shape == teacher.shape:
         data = data.unlabelled()
     if data and (data.shape, data.classes) != (teacher.shape, teacher.classes):
-        raise UserError(f"--data {name} has samples of shape {data.shape} in {data.classes} "
-                        f"classes, --teacher {cfg.teacher} makes {teacher.shape} in "
-                        f"{teacher.classes}")
+        raise UserError(f"--data {name} has {data.shape} samples in {data.classes} classes, "
+                        f"--teacher {cfg.teacher} makes {teacher.shape} in {teacher.classes}")
     return data
 
 
@@ -79,7 +78,7 @@ def find_prompts(cfg, teacher):
 def check_guidance(cfg, classes, recipe):
     """Guidance and dropped labels need a teacher that can be asked without a class.
 
-    raises UserError where it cannot; says so where it can, but was never trained to
+    raises UserError for one that cannot; prints a note for one that was not trained to
     """
     names = ("guidance", "fake_guidance", "critic_dropout")
     asked = [f"--{n} {getattr(cfg, n)}" for n in names if getattr(cfg, n) != getattr(Config, n)]
@@ -90,12 +89,11 @@ def check_guidance(cfg, classes, recipe):
         raise UserError(f"{asked[0]} needs a teacher that can be asked with and without a class: "
                         f"{cfg.teacher} {why}; leave it out")
     if not recipe.get("label_dropout"):
-        files.note(f"{cfg.teacher} was not trained to be asked without a class: {asked[0]} may be "
-                   "poor")
+        files.note(f"{cfg.teacher} was trained with classes alone: {asked[0]} may be poor")
 
 
 def cached_pairs(cfg, teacher, device, prompts=None):
-    """{"z", "x"[, "cond"]} noise-image pairs of the guided teacher, made once and cached.
+    """{"z", "x" (N, *S)[, "cond" (N,)]}: noise-image pairs of the guided teacher, cached.
 
     cond is a class or the number of a prompt.  It stays on the CPU, where Draw looks it up.
     """
@@ -119,8 +117,7 @@ def cached_pairs(cfg, teacher, device, prompts=None):
     labels = dict(cond=(torch.int64, (cfg.pairs,))) if kinds else {}
     pairs = files.load_tensors(path, dict(z=images, x=images, **labels))
     if kinds and not ((pairs["cond"] >= 0) & (pairs["cond"] < kinds)).all():
-        raise UserError(f"{path} is damaged: a class or prompt is not among {kinds}; "
-                        f"{files.MADE_AGAIN}")
+        raise UserError(f"{path} is damaged, it has more than {kinds} kinds; {files.MADE_AGAIN}")
     return {k: v if k == "cond" else resident(v, device) for k, v in pairs.items()}
 
 
@@ -141,7 +138,7 @@ def teacher_digest(cfg, teacher, prompts):
 
 
 def guided_by(teacher, cfg, prompts=None):
-    """The teacher as pairs and pictures ask it, guided; of text, cond is a prompt's number."""
+    """The guided teacher as a Denoiser; with prompts, its cond is their numbers (B,)."""
     real = teacher.denoiser if cfg.guidance == 1 else RealScore(teacher.denoiser, cfg.guidance)
     if not prompts:
         return real

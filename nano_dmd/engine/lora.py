@@ -1,9 +1,9 @@
 """Low-rank updates (LoRA) on a denoiser's frozen weights.
 
 The teacher, a LoRA fake score and a LoRA student of Stable Diffusion hold 860 M weights once, not
-three times. The sharing copy is a network of its own whose tensors are the teacher's. Nothing is
-switched while it runs, so gradient checkpointing, which runs parts of a forward again, finds the
-same network.
+three times. The sharing copy is a network of its own whose tensors are the teacher's. No adapter
+is switched on or off in it. So gradient checkpointing, which runs parts of a forward again, finds
+the same network.
 """
 
 import copy
@@ -26,8 +26,7 @@ def sharing_copy(module):
 def lora_copy(denoiser, rank=0):
     """A copy to train: in full (rank 0), or low-rank updates of that rank, zero at first.
 
-    raises UserError for LoRA on a network that is not diffusers' U-Net, or without the package for
-    it
+    raises UserError for LoRA on a network that is not diffusers' U-Net, or without peft
     """
     if not rank:
         return trainable_copy(denoiser)
@@ -38,8 +37,7 @@ def lora_copy(denoiser, rank=0):
     denoiser.requires_grad_(False)
     twin = sharing_copy(denoiser)
     if not hasattr(getattr(twin.net, "unet", None), "add_adapter"):
-        raise UserError(f"LoRA is for diffusers' U-Nets, not {type(twin.net).__name__}: set both "
-                        "lora ranks to 0")
+        raise UserError(f"LoRA is for diffusers' U-Nets, not {type(twin.net).__name__}: set rank 0")
     twin.net.unet.add_adapter(LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=TARGETS))
     for p in twin.parameters():
         if p.requires_grad:

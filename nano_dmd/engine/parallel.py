@@ -42,6 +42,8 @@ def begin(cfg, device):
                         f"--accumulate {cfg.accumulate}")
     if cfg.batch == count * cfg.accumulate and not rank:
         note("with one sample at a time, the log cannot tell whether samples collapse (no spread)")
+    if cfg.control and count > 1 and not rank:
+        note("--control needs one process: the control is not trained")
     if cfg.shard and count > 1 and device.type == "cpu" and torch.__version__ < "2.7":
         raise UserError(f"--shard on a CPU needs torch 2.7, not {torch.__version__}: leave it out")
     if count > 1 and not dist.is_initialized():  # the timeout: all wait while one trains a teacher
@@ -62,7 +64,7 @@ def first_then_others(function):
 
 
 class Group(nn.Module):
-    """The weights of one optimiser.  Its forward returns a loss: all that DDP needs to see.
+    """The weights of one optimiser, for DDP.  Its forward hands a loss through, unchanged.
 
     It holds no networks: DDP would send their buffers, which are constants, before every step.
     """
@@ -88,7 +90,7 @@ def share(nets, opts, cfg):
     for which, group in groups.items():
         if cfg.shard and not lora[which]:
             shard(group, opts[which])
-        else:  # no loss may reach some weight: unused classes, say
+        else:  # some weights get no gradient: unused classes, say
             ddp[which] = DistributedDataParallel(Group(*group), find_unused_parameters=True)
     if cfg.shard and not cfg.lora_generator and nets.ema is not nets.generator:
         shard([nets.ema.net])
@@ -164,8 +166,7 @@ def exit_cleanly():
     """End a process that worked with others: exit code 0, without Python's own shutdown.
 
     DDP and FSDP2 leave threads of gloo running.  One that still holds a Python object then aborts
-    the process, and torchrun sees a failed run (torch 2.14: 3 of 48 runs; pytorch pull request
-    179291).
+    the process, and torchrun sees a failed run (torch 2.14: 3 of 48 runs; pytorch PR 179291).
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         atexit._run_exitfuncs()                    # what others want done, W&B's last upload say

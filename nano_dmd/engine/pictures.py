@@ -24,13 +24,13 @@ def density(x, size=256, extent=1.2):
 def tile(x, columns, scale=4):
     """Images (N, C, H, W) in [-1, 1], or points (N, 2), -> one picture (3, H', W') in [0, 1].
 
-    Of latents three channels are shown, of two channels red and green.
+    Of more than three channels (latents) three are shown; two channels are red and green.
     """
     if x.ndim == 2:
         return density(x)
     if x.shape[1] == 2:
         x = F.pad(x, (0, 0, 0, 0, 0, 1), value=-1.0)
-    from torchvision.utils import make_grid        # not at the top: half the time that --help takes
+    from torchvision.utils import make_grid        # here: at the top it slows --help down
 
     images = (x[:, :3].detach().float().cpu().clamp(-1, 1) + 1) / 2
     grid = make_grid(images, columns, padding=1, pad_value=0.5)

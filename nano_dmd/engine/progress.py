@@ -17,8 +17,7 @@ from nano_dmd.noise import add_noise
 class Progress:
     """Watches a run by fixed noise.  Only the first process writes; the others do nothing.
 
-    Where weights are sharded, no process can ask a network alone.  Then all watch, and the first
-    writes.
+    A sharded network answers only if all processes ask it.  Then all watch, and the first writes.
     """
 
     def __init__(self, cfg, teacher, device, out, prompts=None, rank=0, step=0):
@@ -31,15 +30,14 @@ class Progress:
         n = {"points": 20_000, "images": (classes or 8) * 8, "text": 4}[teacher.kind]
         self.z = torch.randn(len(cfg.sigma_list()), n, *teacher.shape, generator=rng).to(device)
         self.cond = index = None
-        sample, levels = teacher.denoiser, {}
+        levels = {}
         if classes:
             self.cond = index = torch.arange(classes, device=device).repeat_interleave(8)
         if prompts:                                # the first four, one sample each
             index = torch.arange(n, device=device) % len(prompts)
-            sample = guided_by(teacher, cfg, prompts)
             self.cond = prompts[index].to(device)
             levels = dict(sigma_min=teacher.sigmas[0], sigma_max=teacher.sigmas[1])
-        self.teacher = heun(sample, self.z[0], index, **levels)
+        self.teacher = heun(guided_by(teacher, cfg, prompts), self.z[0], index, **levels)
         spread = self.teacher.std(0).mean()
         self.reference = to_floats(dict(x_std=self.teacher.std(), spread=spread))
         self.send = tracker(cfg, out, step) if self.writes else None
@@ -71,12 +69,11 @@ class Progress:
         numbers = dict(mesm=record["mesm"], fake=record["fake_loss"], spread=[spread])
         shown = {k: "-" if None in v else f"{sum(v):.3f}" for k, v in numbers.items()}
         self.steps.set_postfix(shown)
-        usual, usual_spread = self.reference["x_std"], self.reference["spread"]
+        usual, even = self.reference["x_std"], self.reference["spread"]
         if std is not None and std > 3 * usual:
             self.steps.write(f"WARNING: samples explode: std {std:.3g}, teacher {usual:.3g}")
-        if spread is not None and spread < 0.3 * usual_spread:
-            self.steps.write(f"WARNING: samples collapse: spread {spread:.3g}, teacher "
-                             f"{usual_spread:.3g}")
+        if spread is not None and spread < 0.3 * even:
+            self.steps.write(f"WARNING: samples collapse: spread {spread:.3g}, teacher {even:.3g}")
 
     def save(self, state):
         """checkpoint.pt of state(), which every process that watches must call."""
@@ -138,8 +135,7 @@ def flatten(record, prefix=""):
 def tracker(cfg, out, step=0):
     """send(record) for --log_to.  raises UserError if the package is missing.
 
-    A run resumed after `step` goes on in the same record; what was sent after that step is sent
-    again.
+    A run resumed after `step` goes on in the same record, and sends the later steps again.
     """
     if not cfg.log_to:
         return lambda record: None

@@ -46,8 +46,7 @@ def state(cfg, step, seconds, nets, opts, draw):
 def restore(saved, cfg, nets, opts, draw, path):
     """The inverse of state(): (step, seconds, processes).  raises UserError.
 
-    Of the optimisers only the moments are taken.  Their settings follow from cfg and must be the
-    same.
+    Only the moments of the optimisers are loaded.  Their settings follow from cfg and must agree.
     """
     try:
         if difference := same_run(cfg, Config(**saved["config"])):
@@ -82,7 +81,7 @@ def restore(saved, cfg, nets, opts, draw, path):
 def wrong_moments(saved, own, opt, cfg):
     """What is wrong with an optimiser's saved state, "" if nothing is.  own: settings by cfg.
 
-    Another version of torch may have a setting more or less.
+    Settings that only another version of torch has are not compared.
     """
     settings = saved["param_groups"][0] if saved["param_groups"] else {}
     for name in own.keys() - {"lr"}:

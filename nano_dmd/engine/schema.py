@@ -2,7 +2,7 @@
 
 A kind is one of these:
 
-    int, str, bool, torch.Tensor   a value of exactly this type
+    int, str, bool, dict, Tensor   a value of this type; True is no int
     float                          a finite number, whole ones too
     None                           null
     (kind, kind)                   a value of one of these kinds

@@ -5,8 +5,8 @@
 The papers' protocol (DMD2 coco_evaluator.py:123-200): 30,000 captions of COCO 2014's validation
 set, an image of 512 pixels for each, resized to 256 by Lanczos. FID to the 40,504 validation
 images, cropped and resized likewise. CLIP score = mean cosine of image and "A photo depicts" +
-caption under OpenCLIP's ViT-g-14.  Differs: Inception and Frechet distance by torch-fidelity
-(there clean-fid), so compare among runs measured here.
+caption under OpenCLIP's ViT-g-14.
+Differs: FID is by metrics/inception.py (there by clean-fid), so compare only runs measured here.
 """
 
 import torch

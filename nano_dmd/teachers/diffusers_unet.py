@@ -1,4 +1,4 @@
-"""What diffusers brings: models in pixels as teachers, safe loading of pipelines, LPIPS."""
+"""Pixel models of diffusers as teachers, safe loading of its pipelines; and piq's LPIPS."""
 
 import functools
 import os
@@ -23,9 +23,9 @@ PREDICTS = {"epsilon": FromEps, "v_prediction": FromV}
 
 @functools.lru_cache
 def on_the_hub(name):
-    """(what from_pretrained takes, the commit) of a hub name, which is asked for once.
+    """(name or folder of its copy, commit) of a model on the hub; the hub is asked once.
 
-    raises UserError if it has no such model, or cannot be asked and left no copy here
+    raises UserError if the hub does not give it and there is no copy here
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
 
@@ -36,9 +36,8 @@ def on_the_hub(name):
             copy = try_to_load_from_cache(name, file)
             if isinstance(copy, str):
                 return str(Path(copy).parent), Path(copy).parent.name
-        raise UserError(f"no model {name}: there is no such folder here, and the hub does not give "
-                        f"it ({first_line(e)}); check the name and the network, or give a local "
-                        "folder of a diffusers pipeline") from e
+        raise UserError(f"no model {name} in a folder here, and the hub does not give it "
+                        f"({first_line(e)}): check the name, or give a pipeline's folder") from e
 
 
 def source(name):
@@ -190,8 +189,8 @@ def noise_table(name):
 def part(kind, name, subfolder, wanted="diffusers pipeline with a UNet2DModel"):
     """kind.from_pretrained of a pipeline's subfolder, or of a bare model's own folder.
 
-    A network comes in float32, complete and finite.  Weights in variant "fp16" alone are taken.
-    raises UserError asking for a `wanted`
+    A network is returned in float32, complete and finite.  If only the variant "fp16" is there, it
+    is read.  raises UserError that asks for a `wanted`
     """
     network, problems = issubclass(kind, nn.Module), []
     for variant in (None, "fp16") if network else (None,):
@@ -232,10 +231,10 @@ def complete(model, info, what):
 
 
 def lpips(device, decode=None):
-    """distance(a, b) -> (B,): LPIPS with VGG, DMD's regression (appendix B), by piq as there.
+    """distance(a, b) -> (B,): piq's LPIPS with VGG, as in DMD's regression (appendix B).
 
-    Of images in [-1, 1], upsampled to 224 pixels; or of latents, at the size of the images that
-    decode makes of them.  raises UserError if piq or its weights are missing
+    a and b are images (B, 3, H, W) in [-1, 1], upsampled to 224 pixels.  With decode they are
+    latents, and its images keep their size.  raises UserError if piq or its weights are missing
     """
     try:
         import piq
@@ -245,9 +244,9 @@ def lpips(device, decode=None):
         raise UserError(f'--reg_loss lpips needs piq ({e}): pip install "nano_dmd[eval]", or use '
                         "--reg_loss l2") from e
     except OSError as e:                           # the weights are downloaded once, 528 MB
-        raise UserError(f"--reg_loss lpips cannot download VGG's weights ({first_line(e)}): put "
-                        "vgg16-397923af.pth and lpips_weights.pt into "
-                        f"{torch.hub.get_dir()}/checkpoints, or use --reg_loss l2") from e
+        place = f"{torch.hub.get_dir()}/checkpoints"
+        raise UserError(f"--reg_loss lpips cannot download its weights ({first_line(e)}): put "
+                        f"vgg16-397923af.pth and lpips_weights.pt into {place}, or use l2") from e
 
     def seen(x):
         if decode:

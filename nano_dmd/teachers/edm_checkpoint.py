@@ -2,8 +2,8 @@
 
 A pickle is a program that may call any function. EDM's files even carry the Python source they want
 executed. Reader is Python's own unpickler with three changes. It knows only the names that EDM's
-writer mentions, and each of them makes a Note: an inert record of the call. It knows only the
-instructions of that writer. It hashes only texts and numbers. So nothing is imported or called.
+writer mentions. Each becomes a Note, an inert record of the call, or an empty dict. It knows only
+that writer's instructions. It hashes only texts and numbers. So nothing is imported or called.
 
     file     {"ema": network, ...}
     network  RECORD({"class_name", "state", ...}); enc and dec inside are MODULE_DICT with a state
@@ -52,7 +52,7 @@ INSTRUCTIONS = """PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININ
 
 
 class Note:
-    """What a file wants called: its class has the name; args, and a state that may follow."""
+    """A call a file asks for: its name is the class's; .args, and .state if the file sets it."""
 
     def __new__(cls, *args):
         note = super().__new__(cls)
@@ -123,7 +123,7 @@ def is_note(value, name, count):
 
 
 def tensor(note, name, seen):
-    """The tensor of a note.  It must lie within its numbers, which no other tensor shares."""
+    """The tensor of a note, in a block of numbers that no other tensor uses.  raises ValueError"""
     while is_note(note, PARAMETER, 1):
         note = note.args[0]
     if not is_note(note, TENSOR, 4) or not is_note(note.args[0], STORAGE, 1):
@@ -144,7 +144,7 @@ def tensor(note, name, seen):
 
 
 def once(thing, name, seen):
-    """Modules in a cycle, or one set of numbers under many names, would fill the memory."""
+    """raises ValueError for a thing seen before: cycles and shared blocks could fill the memory."""
     if id(thing) in seen:
         raise ValueError(f"{name} occurs more than once")
     seen.add(id(thing))
@@ -204,8 +204,7 @@ def keyword_arguments(note):
         values = value if type(value) in (list, tuple) else [value]
         plain = all(type(v) in (bool, int, float, str, type(None)) for v in values)
         if type(name) is not str or not plain:
-            raise ValueError(f"its network was built with {brief(name)} = {brief(value)}, no plain "
-                             "value")
+            raise ValueError(f"its network was built with {brief(name)} = {brief(value)}")
     return json.loads(json.dumps(kwargs))
 
 
@@ -279,9 +278,8 @@ def fetch_edm(name):
     if not remembered.is_file():
         write_json(remembered, found)
     elif read_json(remembered) != found:
-        raise UserError(f"{path} is not the file that {remembered.name} beside it remembers (its "
-                        f"sha256 is {found['sha256']}); delete it to download it again, or delete "
-                        "both if you trust the new one")
+        raise UserError(f"{path} is not the file that {remembered.name} remembers, its sha256 is "
+                        f"{found['sha256']}: delete it, or both if you trust the new one")
     return path
 
 
@@ -296,8 +294,7 @@ def sha256(path):
 def download(url, path):
     """Copy url to path by way of a temporary file beside it: path is whole or absent."""
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    by_hand = (f"on a machine without network put the file at {path}, or pass it as "
-               "--teacher FILE.pkl")
+    by_hand = f"without a network put the file at {path}, or give --teacher FILE.pkl"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with blame(f"cannot download {url}", by_hand), tqdm(desc=path.name, unit="MB") as bar:

@@ -6,8 +6,8 @@
 Karras et al. 2022, appendix F.1, says what EDM changed. Both have the raw signature of networks.py,
 net(x, c_noise, cond) -> (B, C, H, W), and net.features; denoiser.EDM wraps them. cond is None or
 (B,) int64; None and -1 both mean "no class" (zeros in place of the one-hot label, as in EDM). The
-numbers agree with EDM's own on tests/golden. Differs: attention is F.scaled_dot_product_attention,
-and samples are always "not augmented".
+numbers agree with EDM's own on tests/golden.
+Differs: attention is F.scaled_dot_product_attention; samples are always "not augmented".
 """
 
 import inspect
@@ -43,7 +43,7 @@ ADM = Style(1e-5, 1.0, True, skip_conv=False, head_channels=64, attend_last=Fals
 class Resample(nn.Module):
     """Halve ("down") or double ("up") the resolution of x (B, C, H, W), then convolve if asked.
 
-    late: convolve first, as far as the filter reaches outside the image (NCSN++'s image path).
+    late: convolve first, with padding for the filter too (NCSN++'s image path).
     """
 
     def __init__(self, how, taps, conv=None, late=False):
@@ -131,9 +131,9 @@ class EDMBlock(nn.Module):
 
 
 class NoiseEmbedding(nn.Module):
-    """c_noise (B,) -> sines and cosines (B, channels), random frequencies or 1 to 1/10000.
+    """c_noise (B,) -> sines and cosines (B, channels); frequencies random, or from 1 to 1/10000.
 
-    ADM stops one step short of 1/10000 and puts the cosines first.
+    ADM's frequencies end one step before 1/10000, and its cosines come first.
     """
 
     def __init__(self, channels, fourier=False, adm=False):
@@ -202,7 +202,7 @@ class EDMUNet(nn.Module):
     def embed_noise(self, c_noise):
         """map_augment is there because checkpoints have it.  Its input is 0, "not augmented".
 
-        So its gradient is 0 and not None, which DistributedDataParallel would not accept.
+        So its gradient is 0.  A gradient of None would stop DistributedDataParallel.
         """
         emb = self.map_noise(c_noise)
         if self.map_augment:
@@ -328,7 +328,7 @@ LIMITS = {"img_resolution": (1, 1024), "img_channels": (1, 64), "label_dim": (0,
 
 
 def fits(name, value):
-    """Whether a value read from a file can be an argument: by LIMITS a whole number, or a list."""
+    """Whether a value read from a file may be the argument `name`, by CHOICES and LIMITS."""
     if name in CHOICES:
         return (list(value) if isinstance(value, tuple) else value) in CHOICES[name]
     if name == "dropout":
@@ -348,13 +348,11 @@ def edm_network(model_type="", use_fp16=False, sigma_min=0.0, sigma_max=math.inf
     if model_type not in MODELS:
         raise UserError(f"no network {model_type!r}: model_type must be {' or '.join(MODELS)}")
     if type(sigma_data) not in (int, float) or not 0 < sigma_data < math.inf:
-        raise UserError(f"{model_type} needs sigma_data > 0, the std of its data, got "
-                        f"{sigma_data!r:.40}")
+        raise UserError(f"{model_type} needs sigma_data > 0, got {sigma_data!r:.40}")
     known = inspect.signature(MODELS[model_type]).parameters
     for name, value in args.items():
         if name not in known:
-            raise UserError(f"{model_type} has no argument {name!r:.40} (= {value!r:.40}); it "
-                            f"takes {', '.join(known)}")
+            raise UserError(f"{model_type} has no argument {name!r:.40} (= {value!r:.40})")
         if not fits(name, value):
             raise UserError(f"{model_type} cannot be built with {name} = {value!r:.40}")
     for name in ("img_resolution", "img_channels"):

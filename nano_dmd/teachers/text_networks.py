@@ -2,7 +2,7 @@
 
 from torch import nn
 
-# Networks of the published sizes with random weights: to measure speed and memory, nothing else.
+# U-Nets with random weights: of Stable Diffusion's size, for speed and memory; tiny, for tests.
 RANDOM = {
     "random:sd15": dict(sample_size=64, cross_attention_dim=768),
     "random:tiny": dict(

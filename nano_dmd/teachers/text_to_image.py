@@ -2,9 +2,9 @@
 
     latents  x = VAE encoder of an image, scaled to about unit variance: (4, 64, 64) for 512 pixels
     noise    xt = x + sigma noise; FromEps divides by sqrt(1 + sigma^2) for the network
-    cond     (B, 77, 768) embeddings of the prompts; None = the empty prompt
+    cond     (B, 77, 768) embeddings of the prompts, 1024 wide in 2.x; None = the empty prompt
 
-Text encoder and VAE encoder run once, before training. The cache keeps what they said.
+The text encoder and the VAE encoder run once, before training. The cache keeps their outputs.
 """
 
 import hashlib
@@ -79,10 +79,9 @@ def read_parts(name, device):
         config = UNet2DConditionModel.load_config(**hub.source(name), subfolder="unet")
     odd = [k for k in OTHERS if config.get(k)]     # before gigabytes are loaded
     if odd or config.get("in_channels", 4) != 4 or not hub.square(config.get("sample_size")):
-        raise UserError(f"{name} is not Stable Diffusion 1 or 2 (in_channels "
-                        f"{config.get('in_channels')}, sample_size {config.get('sample_size')}, "
-                        f"{', '.join(odd)}): SDXL, inpainting, distilled and newer models are not "
-                        "supported")
+        sizes = config.get("in_channels"), config.get("sample_size")
+        raise UserError(f"{name} is not Stable Diffusion 1 or 2: in_channels and sample_size are "
+                        f"{sizes}, and it has {', '.join(odd) or 'nothing else'}")
     abar = scheduler.alphas_cumprod.double()
     sigmas = ((1 - abar) / abar).sqrt()
     if sigmas.shape != (1000,) or not torch.allclose(sigmas, sd_sigmas().double(), rtol=1e-3):
@@ -93,13 +92,12 @@ def read_parts(name, device):
 
 
 def decoder(vae, device):
-    """decode(latents) -> images in [-1, 1] on the CPU; the VAE visits the device."""
+    """latents (B, 4, h, w) -> images (B, 3, 8h, 8w) in [-1, 1] on the CPU, computed on device."""
     config, factor = vae.config, 2 ** (len(vae.config.block_out_channels) - 1)
     odd = [k for k in ("shift_factor", "latents_mean", "latents_std") if config.get(k)]
     if config.latent_channels != 4 or odd or factor != 8 or not config.scaling_factor > 0:
-        raise UserError(f"the vae has {config.latent_channels} latent channels, {factor} pixels a "
-                        f"latent, scaling_factor {config.scaling_factor} {' '.join(odd)}: it is "
-                        "not Stable Diffusion's")
+        raise UserError(f"the vae is not Stable Diffusion's: {config.latent_channels} channels, "
+                        f"{factor} pixels a latent, scale {config.scaling_factor} {' '.join(odd)}")
     vae.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -152,7 +150,7 @@ class Prompts:
 
 
 def finite(rows):
-    """Rows of a table of the cache as float32.  raises UserError where they hold no numbers."""
+    """Rows of a table of the cache as float32.  raises UserError if a number is not finite."""
     rows = torch.from_numpy(rows.astype(np.float32))
     if not rows.isfinite().all():
         raise UserError("the cache holds numbers that are not finite: clear it by "
@@ -225,7 +223,7 @@ class Latents:
         return len(self.table)
 
     def sample(self, n, generator=None, rows=slice(None)):
-        """(x, cond) of n latents drawn from the encoder's distribution, as published; some rows."""
+        """(x, cond): the slice rows of n draws from the encoder's distribution, as published."""
         index = torch.randint(len(self), (n,), generator=generator)
         noise = torch.randn(n, *self.shape, generator=generator)[rows]
         mean, log_variance = finite(self.table[index[rows].numpy()]).chunk(2, dim=1)
@@ -243,8 +241,7 @@ def captioned(folder):
         for i, line in read_lines(listed):
             name, caption = caption_of(line, f"{listed}, line {i}")
             if name in rows:
-                raise UserError(f"{listed}, line {i}, lists {name} again: give each image one "
-                                "caption")
+                raise UserError(f"{listed}, line {i}: {name} has a caption already; give it one")
             rows[name] = caption
         captions = [rows.pop(f.relative_to(folder).as_posix(), None) for f in files]
         if rows:

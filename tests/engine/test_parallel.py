@@ -144,6 +144,14 @@ def test_torch_too_old_to_shard(monkeypatch):
         parallel.begin(resolve(dict(preset="toy", shard=True)), torch.device("cpu"))
 
 
+def test_a_control_that_several_processes_do_not_train_is_said(monkeypatch, capsys):
+    for name, value in dict(RANK="0", WORLD_SIZE="2").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda **args: None)
+    parallel.begin(resolve(dict(preset="digits", method="dmd")), torch.device("cpu"))
+    assert "the control is not trained" in capsys.readouterr().err
+
+
 ENDS = """
 import atexit, os
 

@@ -39,8 +39,8 @@ RUNS = {
 def skip_evaluation(set_attribute):
     """What is skipped comes after the last step, or is only looked at."""
     set_attribute(train, "have_matplotlib", lambda: False)
-    set_attribute(evaluate, "report_rows", lambda net, teacher, data, label, n: {
-        "teacher": {"NFE": 35, "seconds": 1.0}, label: {"NFE": len(net.sigmas)}})
+    set_attribute(evaluate, "report_rows", lambda net, teacher, data, cfg: {
+        "teacher": {"NFE": 35, "seconds": 1.0}, cfg.method: {"NFE": len(net.sigmas)}})
     set_attribute(progress, "heun", lambda denoiser, z, cond=None: 0.5 * z)
 
 

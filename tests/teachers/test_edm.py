@@ -741,10 +741,10 @@ def test_fetch_refuses_another_file(site, tmp_path):
     """Changed on disk, or other content behind the same address later."""
     path = fetch_edm("edm:tiny")
     path.write_bytes(site.content + b"x")
-    assert "is not the file that edm-tiny.pkl.json beside it remembers" in sentence(fetch_edm, "edm:tiny")
+    assert "is not the file that edm-tiny.pkl.json remembers" in sentence(fetch_edm, "edm:tiny")
     path.unlink()
     site.content += b"y"
-    assert "delete both if you trust the new one" in sentence(fetch_edm, "edm:tiny")
+    assert "delete it, or both if you trust the new one" in sentence(fetch_edm, "edm:tiny")
     path.unlink()
     path.with_name("edm-tiny.pkl.json").unlink()
     assert fetch_edm("edm:tiny").read_bytes() == site.content

@@ -406,7 +406,7 @@ def piq(monkeypatch):
 def test_presets_train_resume_and_report(preset, option, sd, prompts, photos, tmp_path, fast, piq):
     """Every preset takes real steps; stopped in the middle and resumed it ends bit for bit where one run ends."""
     argv = ["--preset", preset, "--teacher", sd, "--prompts", prompts, *RUN, *OPTIONS[option]]
-    argv += ["--data", photos] if preset.endswith("gan") else []
+    argv += ["--data", photos, "--eval_every", "1"] if preset.endswith("gan") else []
     train.main([*argv, "--out", str(tmp_path / "whole")])
     torch.manual_seed(123)
 
@@ -629,7 +629,8 @@ def test_mistakes_get_one_sentence(sd, prompts, photos, tmp_path, fast):
     complain(["--preset", "sd15-dmd2", "--teacher", sd, "--prompts", prompts, "--no-bf16"], "half_frozen")
     complain(["--preset", "sd15-sid", "--offload_teacher", "--teacher", "random:tiny", "--prompts", prompts, "--batch", "2",
               "--device", "cpu", "--out", str(tmp_path / "offload")], "this method differentiates through the teacher")
-    complain(["--preset", "sd15-dmd2", "--lora_critic", "2", "--offload_teacher"], "that LoRA uses")
+    complain(["--preset", "sd15-dmd2", "--lora_critic", "2", "--offload_teacher"], "does not go with LoRA")
+    complain(["--preset", "sd15-dmd2-gan", "--teacher", sd, "--prompts", prompts, "--data", photos, "--flip"], "--flip: latents")
     (no_captions / "a.txt").write_text("fog")
     (no_captions / "b.png").write_bytes(b"no image")
     (no_captions / "b.txt").write_text("fog")
