@@ -80,8 +80,9 @@ def report_rows(generator, teacher, data, cfg, draws=5):
     Without data, speeds alone.  draws: sets of student samples.  The teacher is guided as in cfg.
     """
     device, k = next(generator.parameters()).device, len(generator.sigmas)
-    real, twice = find.guided_by(teacher, cfg), cfg.guidance != 1
-    calls, result, n = CALLS[teacher.kind] * (1 + twice), {}, cfg.eval_images
+    real, n = find.guided_by(teacher, cfg), cfg.eval_images
+    result = {}
+    calls = CALLS[teacher.kind] * (2 if cfg.guidance != 1 else 1)
     if data and data.kind == "images" and len(data) > 1:
         result["real halves"] = images.split_halves(data, n)
 

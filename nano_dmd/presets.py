@@ -8,6 +8,9 @@ SiD sums over pixels and scales by 100 (SiD-LSG by 1); losses here are means. So
 w_fake = CHW. Adam removes such factors, but for its eps. Half-lives in images become updates.
 """
 
+# What bench --report measures, the most important first.
+REPORTED = ("sid", "dmd2", "dmd")
+
 # 2D points, exact score, one CPU thread: about 45 s each.
 PRESETS = {
     "toy": dict(

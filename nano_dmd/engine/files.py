@@ -151,7 +151,7 @@ def check_writable(folder):
     """Raise UserError now if folder could not be written to later; touches nothing."""
     nearest = next(p for p in (Path(folder), *Path(folder).absolute().parents) if os.path.exists(p))
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise UserError(f"cannot write to {folder}: {nearest} forbids it; choose another --out")
+        raise UserError(f"cannot write to {folder}: {nearest} is no folder for it; change --out")
 
 
 def plain(obj):

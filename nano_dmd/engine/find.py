@@ -117,7 +117,7 @@ def cached_pairs(cfg, teacher, device, prompts=None):
     labels = dict(cond=(torch.int64, (cfg.pairs,))) if kinds else {}
     pairs = files.load_tensors(path, dict(z=images, x=images, **labels))
     if kinds and not ((pairs["cond"] >= 0) & (pairs["cond"] < kinds)).all():
-        raise UserError(f"{path} is damaged, it has more than {kinds} kinds; {files.MADE_AGAIN}")
+        raise UserError(f"{path} is damaged: it has over {kinds} kinds; {files.MADE_AGAIN}")
     return {k: v if k == "cond" else resident(v, device) for k, v in pairs.items()}
 
 

@@ -1,10 +1,12 @@
 """The machine: device, threads, precision, random streams, clocks."""
 
+import functools
 import os
 import platform
 import sys
 import time
 from contextlib import nullcontext, suppress
+from pathlib import Path
 
 import torch
 
@@ -30,9 +32,21 @@ def pick_device(name):
 
 
 def fast_bf16(device):
-    """Whether bfloat16 is fast there: yes on GPUs; many CPUs emulate it, 10 to 60 times slower."""
+    """Whether bfloat16 is fast there: yes on GPUs.  Many CPUs emulate it, 10 to 60 times slower.
+
+    Intel's without AMX have instructions for it that are slower than float32, half as fast here.
+    """
     known = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.device(device).type != "cpu" or known
+    slow = "GenuineIntel" in cpu() and "amx_bf16" not in cpu()
+    return torch.device(device).type != "cpu" or known and not slow
+
+
+@functools.lru_cache
+def cpu():
+    """What Linux says about the CPU; "" elsewhere."""
+    with suppress(OSError):
+        return Path("/proc/cpuinfo").read_text()
+    return ""
 
 
 def forked(device):

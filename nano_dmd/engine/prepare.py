@@ -24,6 +24,7 @@ def prepare(cfg, device, resumed=""):
                         f"{', '.join('--' + w for w in weights)} a weight")
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
+        torch.backends.cudnn.deterministic = True  # a resumed run is the same to the bit
     data = None  # a typo in its name shows before the teacher trains
     if cfg.data and not cfg.prompts:
         data = load_data(cfg.data, device, cfg.flip)

@@ -1,7 +1,8 @@
 """What a machine does with the published networks: a report in minutes (bench --report DIR).
 
 Weights and images are random: speed and memory do not depend on them. plan() begins with what
-matters most. The report is written again after each part, so a cut leaves what was done.
+matters most. The report is written again after each part, so a cut leaves what was done. On a CPU
+it is a rehearsal: small networks stand for the published ones.
 """
 
 import gc
@@ -19,12 +20,14 @@ from nano_dmd.engine.config import resolve
 from nano_dmd.engine.files import (UserError, cache_dir, first_line, note, parse_json, read_lines,
                                    write_atomic, write_json)
 from nano_dmd.metrics.sets import table
+from nano_dmd.presets import REPORTED
 
 BF16, FP32 = dict(bf16=True, tf32=True), dict(bf16=False, tf32=False)
 HOW = {"bf16": BF16, "bf16 compiled": dict(BF16, compile=True), "fp32": FP32,
        "TF32": dict(FP32, tf32=True)}
-BATCH = {"cifar10": (256, 4), "imagenet64": (40, 1), "sd15": (8, 1)}    # on a GPU, on a CPU
-# Stable Diffusion, one image, dmd2: what is added to a full student and a full fake score.
+BATCH = {"cifar10": 256, "imagenet64": 40, "sd15": 8}
+REHEARSED = {"cifar10": "random:small", "imagenet64": "random:small", "sd15": "random:tiny"}
+# Stable Diffusion, one image: what is added to a full student and a full fake score.
 MEMORY = {
     "LoRA fake score, 8-bit Adam, in 24 GB": dict(lora_critic=64, adam8bit=True),
     "nothing": {}, "8-bit Adam": dict(adam8bit=True), "LoRA fake score": dict(lora_critic=64),
@@ -33,27 +36,28 @@ MEMORY = {
     "no recomputation": dict(checkpointing=False)}
 TITLES = {
     "methods": "A step of each method, one critic update",
-    "batch": "The batch, SiD on the CIFAR-10 network",
-    "memory": "Memory of Stable Diffusion 1.5, dmd2, one image"}
+    "batch": "Other batches",
+    "memory": "Memory of Stable Diffusion 1.5, one image"}
 SPEED = ("critic update ms", "G update ms", "whole step ms", "images/s", "peak %", "memory MiB")
 LATENCY = ("bare ms", "student ms", "teacher ms")
 
 
 def plan(gpu):
     """Yield (section, label, network, settings), the most important first."""
+    first, second = REPORTED[:2]
     for net in BATCH:
-        for method in ("sid", "dmd2", "dmd"):
+        for method in REPORTED:
             yield "methods", f"{net} {method}, bf16", net, dict(BF16, method=method)
-            if net == "cifar10" and method != "dmd":               # the goals are ratios of these
-                for how in ("bf16 compiled", "fp32"):
+            if net == "cifar10" and method in (first, second):     # the goals are ratios of these
+                for how in ("bf16 compiled", "fp32")[not gpu :]:   # compiling takes a CPU minutes
                     yield "methods", f"{net} {method}, {how}", net, dict(HOW[how], method=method)
     for label, options in MEMORY.items():
-        yield "memory", label, "sd15", dict(BF16, method="dmd2", batch=1) | options
-    for batch in (64, 512, 1024, 2048, 4096) if gpu else ():
-        yield "batch", f"batch {batch}", "cifar10", dict(BF16, method="sid", batch=batch)
-    for net, how in (("cifar10", "TF32"), ("imagenet64", "bf16 compiled"), ("imagenet64", "fp32"),
-                     ("sd15", "bf16 compiled"), ("sd15", "fp32")):
-        yield "methods", f"{net} dmd2, {how}", net, dict(HOW[how], method="dmd2")
+        yield "memory", f"{second}, {label}", "sd15", dict(BF16, method=second, batch=1) | options
+    for n in (64, 512, 1024, 2048, 4096) if gpu else ():
+        yield "batch", f"cifar10 {first}, bf16, {n}", "cifar10", dict(BF16, method=first, batch=n)
+    for net, how in (("cifar10", "TF32"), ("imagenet64", "fp32"), ("sd15", "fp32"),
+                     *[("imagenet64", "bf16 compiled"), ("sd15", "bf16 compiled")] * gpu):
+        yield "methods", f"{net} {second}, {how}", net, dict(HOW[how], method=second)
 
 
 def report(out, minutes, device, data, bench, command):
@@ -81,14 +85,17 @@ def report(out, minutes, device, data, bench, command):
             break
         settings = dict(
             preset=net, teacher=f"random:{net}", device=str(device), critic_steps=1,
-            batch=BATCH[net][device.type == "cpu"], pairs=8, pair_steps=2, reg_loss="l2")
+            batch=BATCH[net], pairs=8, pair_steps=2, reg_loss="l2")
+        if device.type == "cpu":
+            settings |= dict(teacher=REHEARSED[net], batch=2)
         if net == "sd15":
             settings |= dict(prompts=str(prompts), half_frozen=changes["bf16"])
         cfg = resolve(settings | changes)
         print(f"{section}: {label}", file=sys.stderr, flush=True)
         gib = 24 if "24 GB" in label else 0
         numbers = attempt(bench, cfg, device, gib, limit=minutes / 2)
-        found["parts"].append(dict(section=section, label=label, batch=cfg.batch, **numbers))
+        found["parts"].append(dict(section=section, label=label, method=cfg.method,
+                                   batch=cfg.batch, **numbers))
     found["training"] = training(out / "run", save(), device, data)
     save()
     return as_markdown(found)
@@ -116,7 +123,8 @@ def attempt(bench, cfg, device, gib, limit):
     except (UserError, RuntimeError) as e:         # torch's "out of memory" is a RuntimeError
         found = {"failed": first_line(e)}
     gc.collect()
-    torch._dynamo.reset()
+    if cfg.compile:
+        torch._dynamo.reset()
     torch.cuda.empty_cache()
     return found | {"took": round(time.perf_counter() - start, 1)}
 
@@ -141,12 +149,12 @@ def training(out, seconds, device, data):
     what = {"preset": "digits"}
     if images:
         what = dict(preset="cifar10-scratch", data=images, teacher_steps=2000, steps=2000)
-    what |= dict(method="sid", eval_every=100, log_every=50, device=str(device), out=str(out))
+    what |= dict(method=REPORTED[0], eval_every=100, log_every=50, device=device, out=out)
     flags = [word for k, v in what.items() for word in (f"--{k}", str(v))]
     if device.type == "cpu":
         flags += ["--no-compile"]
     try:
-        subprocess.run([sys.executable, "-m", "nano_dmd.train", *flags], timeout=max(seconds, 10),
+        subprocess.run([sys.executable, "-m", "nano_dmd.train", *flags], timeout=max(seconds, 60),
                        capture_output=True)
     except subprocess.TimeoutExpired:
         note("the training was stopped: its time was over")
@@ -164,8 +172,9 @@ def training(out, seconds, device, data):
 def latencies(parts):
     """{network and precision: milliseconds of one sample by bare network, student, teacher}."""
     known = [p for p in parts if p["section"] == "methods" and "failed" not in p]
-    return {p["label"].replace(" dmd2", ""): {k: p[k] for k in LATENCY}
-            | {"ratio": p["teacher ms"] / p["student ms"]} for p in known if "dmd2" in p["label"]}
+    return {p["label"].replace(f" {p['method']}", ""): {k: p[k] for k in LATENCY}
+            | {"ratio": p["teacher ms"] / p["student ms"]}
+            for p in known if p["method"] == REPORTED[1]}
 
 
 def against_official(parts):
@@ -174,7 +183,7 @@ def against_official(parts):
     The stand-in is our step in fp32, eager, without TF32, and one more pass of the generator.
     """
     known, rows = {p["label"]: p for p in parts if "failed" not in p}, {}
-    for method in ("sid", "dmd2"):
+    for method in REPORTED:
         slow = known.get(f"cifar10 {method}, fp32")
         for how in ("bf16", "bf16 compiled") if slow else ():
             if fast := known.get(f"cifar10 {method}, {how}"):
@@ -189,7 +198,8 @@ def as_markdown(found):
     known, parts = found["machine"], found["parts"]
     peaks = ", ".join(f"{v:.3g} {k}" for k, v in known.items() if "TFLOP" in k)
     memory = f"{known['memory_gib']} GiB, CUDA {known['cuda']}, " if "cuda" in known else ""
-    lines = [f"## {found['date']}: {known['device']}", "",
+    rehearsal = "" if "cuda" in known else ": a rehearsal with small networks"
+    lines = [f"## {found['date']}: {known['device']}{rehearsal}", "",
              f"{memory}torch {known['torch']}, {known['threads']} threads. Matrix products: "
              f"{peaks}. Made in {found['minutes']} minutes by", "", "```bash",
              found["command"], "```"]

@@ -24,7 +24,7 @@ def open_folder(cfg, teacher, device, step, before, processes):
     """What a run folder holds before the first step; says what the user should know by then."""
     out = Path(cfg.out)
     if cfg.bf16 and not fast_bf16(device):
-        print("bfloat16 is only emulated on this CPU: the networks run in float32, which is faster")
+        print("bfloat16 is slow on this CPU: the networks run in float32, which is faster")
     if before != processes:
         print(f"resumed by {processes} processes instead of {before}: the same batches and noise, "
               "but sums in another order, so the result agrees to rounding and not to the bit")

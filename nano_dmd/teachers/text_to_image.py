@@ -79,9 +79,8 @@ def read_parts(name, device):
         config = UNet2DConditionModel.load_config(**hub.source(name), subfolder="unet")
     odd = [k for k in OTHERS if config.get(k)]     # before gigabytes are loaded
     if odd or config.get("in_channels", 4) != 4 or not hub.square(config.get("sample_size")):
-        sizes = config.get("in_channels"), config.get("sample_size")
-        raise UserError(f"{name} is not Stable Diffusion 1 or 2: in_channels and sample_size are "
-                        f"{sizes}, and it has {', '.join(odd) or 'nothing else'}")
+        odd += [f"{k} {config.get(k)}" for k in ("in_channels", "sample_size")]
+        raise UserError(f"{name} is not Stable Diffusion 1 or 2 but has {', '.join(odd)}")
     abar = scheduler.alphas_cumprod.double()
     sigmas = ((1 - abar) / abar).sqrt()
     if sigmas.shape != (1000,) or not torch.allclose(sigmas, sd_sigmas().double(), rtol=1e-3):
@@ -96,8 +95,9 @@ def decoder(vae, device):
     config, factor = vae.config, 2 ** (len(vae.config.block_out_channels) - 1)
     odd = [k for k in ("shift_factor", "latents_mean", "latents_std") if config.get(k)]
     if config.latent_channels != 4 or odd or factor != 8 or not config.scaling_factor > 0:
+        odd.append(f"scaling_factor {config.scaling_factor}")
         raise UserError(f"the vae is not Stable Diffusion's: {config.latent_channels} channels, "
-                        f"{factor} pixels a latent, scale {config.scaling_factor} {' '.join(odd)}")
+                        f"{factor} pixels a latent, {' '.join(odd)}")
     vae.requires_grad_(False).eval()
 
     @torch.no_grad()

@@ -42,8 +42,9 @@ RECIPES = {
                             label_dropout=0.0),
 }
 
-# EDM's published networks with random weights: to measure speed and memory, nothing else.
+# EDM's published networks, and a small one, with random weights: to measure speed and memory.
 RANDOM = {
+    "random:small": dict(SMALL_EDM, model_channels=16, num_blocks=1),
     "random:cifar10": dict(
         SMALL_EDM, model_channels=128, num_blocks=4, augment_dim=9, dropout=0.13),
     "random:imagenet64": dict(

@@ -1,0 +1,289 @@
+"""The same numbers on a GPU as on the CPU: every network, every loss, every step.  Skipped without a GPU.
+
+    NANO_DMD_GPU=cpu pytest tests/test_cuda.py      tries the tests themselves without one
+
+float32 is compared without TensorFloat-32. Batches and noise are drawn on the CPU and carried over, so both devices see
+the same. Optimisers are plain gradient descent: Adam's first step is the sign of a gradient, and would hide its size.
+"""
+
+import os
+from dataclasses import fields
+
+import pytest
+import torch
+from test_hub import pipeline as pixels
+from test_parallel import launch
+from test_stable_diffusion import pipeline as stable_diffusion
+from torch.testing import assert_close
+
+from nano_dmd import methods, sample, train
+from nano_dmd.engine import machine, prepare
+from nano_dmd.engine.config import resolve
+from nano_dmd.engine.draw import Batch
+from nano_dmd.engine.files import load_tensors
+from nano_dmd.engine.find import find_prompts
+from nano_dmd.engine.runs import load_run
+from nano_dmd.export import export
+from nano_dmd.teachers import zoo
+
+DEVICE = torch.device(os.environ.get("NANO_DMD_GPU", "cuda"))
+GPU, CPU = DEVICE.type == "cuda", torch.device("cpu")
+pytestmark = pytest.mark.skipif(GPU and not torch.cuda.is_available(), reason="needs a GPU")
+on_a_gpu = pytest.mark.skipif(not GPU, reason="what only a GPU has")
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+SMALL = dict(steps=9, batch=8, teacher_steps=20, pairs=16, pair_steps=3, bf16=False, tf32=False, clip=0, critic_steps=2)
+GAN = dict(w_gan=0.1, w_disc=0.1)
+NARROW = dict(model_type="SongUNet", img_resolution=8, img_channels=1, label_dim=10, model_channels=16, channel_mult=[1, 2],
+              num_blocks=1, attn_resolutions=[4])
+EDM = {"ddpmpp": NARROW,
+       "ncsnpp": NARROW | dict(embedding_type="fourier", encoder_type="residual", channel_mult_noise=2,
+                               resample_filter=[1, 3, 3, 1]),
+       "adm": dict(NARROW, model_type="DhariwalUNet", model_channels=64, attn_resolutions=[8, 4])}
+CASES = {
+    **{f"{preset} {method}": dict(preset=preset, method=method) for preset in ("toy", "digits") for method in methods.METHODS},
+    **{f"{net} {method}": dict(preset="digits", method=method, edm=net) for net in EDM for method in ("dmd2", "sid")},
+    "digits dmd2, GAN, two steps": dict(preset="digits", method="dmd2", sigmas="80,0.4", noisings=2, **GAN),
+    "diffusers dmd2": dict(preset="digits", method="dmd2", teacher="pixels", data="digits", **GAN),
+    "text sid": dict(preset="sd15", method="sid", teacher="random:tiny", guidance=1.5, fake_guidance=1.5),
+    "text dmd2, LoRA": dict(preset="sd15", method="dmd2", teacher="random:tiny", lora_generator=4, lora_critic=4),
+}
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    """float32 as it is written, here and in what follows."""
+    allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = allowed
+
+
+@pytest.fixture
+def config_of(tmp_path, monkeypatch):
+    """function(case, changes): its Config."""
+    def function(case, **changes):
+        settings = SMALL | CASES[case] | changes
+        if edm := settings.pop("edm", None):
+            monkeypatch.setitem(zoo.RECIPES, "digits", zoo.RECIPES["digits"] | dict(network="edm", args=EDM[edm]))
+        if settings.get("teacher") == "pixels":
+            pixels(tmp_path)
+            settings["teacher"] = str(tmp_path)
+        if settings["preset"] == "sd15":
+            (tmp_path / "prompts.txt").write_text("a red cube\ntwo dogs\n")
+            settings |= dict(prompts=str(tmp_path / "prompts.txt"), half_frozen=False, checkpointing=False, critic_steps=1)
+            settings |= dict(pairs=2) | changes
+        return resolve(settings)
+
+    return function
+
+
+class Carried(Batch):
+    """A batch that was drawn on the CPU and is used elsewhere.  Its noise is drawn on the CPU, too."""
+
+    def noising(self, spec, x):
+        sigma, noise = super().noising(spec, x.detach().to(CPU))
+        self.sigma = self.sigma.to(x.device)
+        return sigma.to(x.device), noise.to(x)
+
+
+def carried(batch, device):
+    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return Carried(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+
+
+def disturbed(nets):
+    """Move generator and fake score off the teacher, by the same numbers everywhere: their gap would be rounding errors."""
+    rng = torch.Generator().manual_seed(0)
+    for net in (nets.generator, nets.fake):
+        for p in net.parameters():
+            if p.requires_grad:
+                p.data += 0.1 * p.detach().std(unbiased=False) * torch.randn(p.shape, generator=rng).to(p.device)
+
+
+def trained(nets):
+    return {f"{name}.{k}": p for name in ("generator", "fake", "discriminator")
+            for k, p in getattr(nets, name).named_parameters() if p.requires_grad}
+
+
+def step_on(device, cfg, compile=False):
+    """(how a step of gradient descent moves every weight, its logs), on the CPU."""
+    draw = prepare.prepare(cfg, CPU)[3]
+    _, nets, opts, _ = prepare.prepare(cfg, device)
+    methods.critic_requires_grad(nets, True)
+    disturbed(nets)
+    before = {name: p.detach().clone() for name, p in trained(nets).items()}
+    opts = {k: torch.optim.SGD(opt.param_groups[0]["params"], lr=1e-3) for k, opt in opts.items()}
+    torch.manual_seed(1)
+    with machine.compiled(True, asked=cfg.compile):
+        logs = methods.train_step(nets, opts, lambda: carried(draw(), device), cfg, 0)
+    methods.critic_requires_grad(nets, True)
+    after = trained(nets)
+    return {k: (after[k].detach() - v).cpu() for k, v in before.items()}, {k: v.cpu() for k, v in logs.items()}
+
+
+def together(moves):
+    return torch.cat([v.flatten().double() for v in moves.values()])
+
+
+def error(a, b):
+    """|a - b| / |b| over all weights."""
+    return ((together(a) - together(b)).norm() / together(b).norm()).item()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_is_the_cpus(case, config_of):
+    """How generator and critic move agrees to 1e-3 of its length, every loss to 1e-3."""
+    cfg = config_of(case)
+    there, logs = step_on(DEVICE, cfg)
+    here, wanted = step_on(CPU, cfg)
+    assert together(here).norm() > 0 and error(there, here) < 1e-3
+    assert_close(logs, wanted, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["toy dmd2", "digits sid", "ddpmpp sid", "adm dmd2", "text dmd2, LoRA"])
+def test_networks_are_the_cpus(case, config_of):
+    """Teacher's answer, features and input gradient agree to 1e-4 of their size."""
+    cfg, found = config_of(case), []
+    for device in (DEVICE, CPU):
+        _, nets, _, draw = prepare.prepare(cfg, device)
+        z = torch.randn(4, *draw.teacher.shape, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+        sigma = torch.tensor([0.05, 0.5, 2.5, 12.0], device=device)
+        cond = None if not draw.teacher.classes else torch.tensor([0, 3, -1, 9], device=device)
+        answer, features = nets.real(z, sigma, cond), nets.fake.features(z, sigma, cond)
+        gradient, = torch.autograd.grad(answer.square().sum(), z)
+        found.append([v.detach().cpu() for v in (answer, features, gradient)])
+    for there, here in zip(*found):
+        assert ((there - here).norm() / here.norm()).item() < 1e-4
+
+
+@pytest.mark.parametrize("case", ["toy sid", "digits sid", "digits dmd2", "ddpmpp sid", "adm dmd2", "text sid"])
+def test_bfloat16_moves_the_same_way(case, config_of):
+    """Cosine of the moves in bfloat16 and float32 over .97, lengths within 10 percent."""
+    low, high = (together(step_on(DEVICE, config_of(case, bf16=bf16))[0]) for bf16 in (True, False))
+    assert torch.cosine_similarity(low, high, 0) > 0.97 and abs(low.norm() / high.norm() - 1) < 0.1
+
+
+@pytest.mark.parametrize("case, change, limit", [
+    ("digits dmd2, GAN, two steps", dict(accumulate=2), None), ("ddpmpp sid", dict(checkpointing=True), 1e-5),
+    ("text dmd2, LoRA", dict(checkpointing=True), 1e-5), ("digits dmd2", dict(offload_teacher=True), 0)])
+def test_options_change_nothing(case, change, limit, config_of):
+    """Recomputed activations to rounding, a visiting teacher to the bit; parts of a batch draw other noise: finite."""
+    moved = step_on(DEVICE, config_of(case, **change))[0]
+    if limit is None:
+        assert together(moved).isfinite().all()
+    else:
+        assert error(moved, step_on(DEVICE, config_of(case))[0]) <= limit
+
+
+@on_a_gpu
+@pytest.mark.parametrize("case", ["digits sid", "digits dmd2", "ddpmpp dmd2"])
+def test_compiled_is_eager(case, config_of):
+    """To 1e-3 of the length of the move."""
+    assert error(*(step_on(DEVICE, config_of(case, compile=on))[0] for on in (True, False))) < 1e-3
+
+
+@on_a_gpu
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_never_waits(case, config_of):
+    """torch raises where the CPU waits for the GPU."""
+    cfg = config_of(case, clip=10.0)
+    _, nets, opts, draw = prepare.prepare(cfg, DEVICE)
+    methods.train_step(nets, opts, draw, cfg, 0)                  # tables go to the device once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        methods.train_step(nets, opts, draw, cfg, 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("case", ["digits dmd2, GAN, two steps", "ddpmpp sid"])
+def test_memory_does_not_grow(case, config_of):
+    """Bytes allocated after 10 and after 200 steps are equal."""
+    cfg, seen = config_of(case, steps=300), []
+    _, nets, opts, draw = prepare.prepare(cfg, DEVICE)
+    for step in range(201):
+        methods.train_step(nets, opts, draw, cfg, step)
+        if step in (10, 200):
+            seen.append(torch.cuda.memory_allocated())
+    assert seen[0] == seen[1]
+
+
+def weights_of(argv, out):
+    train.main([*argv, "--out", str(out)])
+    return load_tensors(out / "generator.safetensors")
+
+
+RUN = ["--method", "sid", "--device", str(DEVICE), "--teacher_steps", "20", "--batch", "16", "--steps", "12", "--save_every", "4"]
+
+
+@pytest.mark.parametrize("preset", ["toy", "digits"])
+def test_a_run_is_repeated_and_resumed_to_the_bit(preset, tmp_path, quick, monkeypatch):
+    """The same seed twice; and once more, interrupted after seven steps."""
+    argv = ["--preset", preset, *RUN]
+    whole, again = (weights_of(argv, tmp_path / name) for name in ("whole", "again"))
+    step = methods.train_step
+
+    def interrupted(*args):
+        if args[-1] == 7:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "train_step", interrupted)
+        train.main([*argv, "--out", str(tmp_path / "cut")])
+    train.main(["--resume", "--out", str(tmp_path / "cut")])
+    for other in (again, load_tensors(tmp_path / "cut" / "generator.safetensors")):
+        assert all(torch.equal(v, other[k]) for k, v in whole.items())
+
+
+def test_samples_are_the_cpus(tmp_path, quick):
+    """Of one run's weights, to 1e-4 of their size."""
+    weights_of(["--preset", "digits", *RUN, "--no-bf16", "--no-tf32"], tmp_path / "run")
+    there, here = (sample.sample(tmp_path / "run", 20, device=device) for device in (DEVICE, CPU))
+    assert ((there - here).norm() / here.norm()).item() < 1e-4
+
+
+def test_eight_bit_moments_move_alike(config_of):
+    """A step of bitsandbytes' AdamW and of torch's: cosine over .9."""
+    moves = []
+    for small in (True, False):
+        cfg = config_of("text dmd2, LoRA", adam8bit=small)
+        _, nets, opts, draw = prepare.prepare(cfg, DEVICE)
+        before = {k: p.detach().clone() for k, p in trained(nets).items() if k.startswith("generator")}
+        torch.manual_seed(1)
+        methods.train_step(nets, opts, lambda: carried(draw(), DEVICE), cfg, 0)
+        moves.append(torch.cat([(p.detach() - before[k]).flatten() for k, p in trained(nets).items() if k in before]))
+    assert torch.cosine_similarity(*moves, 0) > 0.9
+
+
+def test_an_exported_student_samples_as_ours(tmp_path, quick):
+    """On this device, to 1e-3 of the latents' size."""
+    from diffusers import DiffusionPipeline
+
+    folder = stable_diffusion(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a red cube\n")
+    train.main(["--preset", "sd15", "--method", "dmd2", "--teacher", folder, "--prompts", str(tmp_path / "prompts.txt"),
+                "--device", str(DEVICE), "--steps", "1", "--batch", "1", "--critic_steps", "1", "--no-bf16", "--no-half_frozen",
+                "--no-tf32", "--out", str(tmp_path / "run")])
+    export(str(tmp_path / "run"), str(tmp_path / "new"))
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "new").to(DEVICE)
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    theirs = pipe("a red cube", num_inference_steps=1, guidance_scale=0, latents=z, output_type="latent").images
+
+    cfg, teacher, generator = load_run(tmp_path / "run", DEVICE)
+    ours = generator(z[None], find_prompts(cfg, teacher)[torch.tensor([0])].to(DEVICE))
+    assert ((theirs - ours).norm() / ours.norm()).item() < 1e-3
+
+
+@two_gpus
+@pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["DDP", "FSDP2"])
+def test_two_gpus_are_one_with_the_joint_batch(shard, tmp_path):
+    """Weights agree to 1e-5 after six updates at small rates."""
+    argv = ["--preset", "digits", *RUN, "--no-bf16", "--no-tf32", "--lr_generator", "5e-4", "--lr_critic", "5e-4", "--steps", "6"]
+    for count, more in ((1, []), (2, shard)):
+        assert launch(count, *argv, *more, "--out", str(tmp_path / str(count))) == [0] * count
+    one, two = (load_tensors(tmp_path / str(count) / "generator.safetensors") for count in (1, 2))
+    for name, v in one.items():
+        assert_close(two[name], v, rtol=0, atol=1e-5)
