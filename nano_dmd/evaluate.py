@@ -68,10 +68,10 @@ def quick(generator, data, n):
 
 @torch.no_grad()
 def milliseconds(sample, teacher, device, k=1, batch=64, repeats=5):
-    """Median milliseconds to make one batch."""
+    """Median milliseconds to make one batch; measured for about ten seconds at most."""
     z = torch.randn(k, batch, *teacher.shape, device=device)
     cond = torch.zeros(batch, dtype=torch.long, device=device) if teacher.classes else None
-    return 1000 * machine.median_seconds(lambda: sample(z, cond), device, repeats)
+    return 1000 * machine.median_seconds(lambda: sample(z, cond), device, repeats, limit=10)
 
 
 def report_rows(generator, teacher, data, cfg, draws=5):

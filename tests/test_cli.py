@@ -326,7 +326,11 @@ def stand_ins(tmp_path_factory):
     return flags
 
 
-@pytest.mark.parametrize("name", [n for n in PRESETS if not n.startswith("sd15")])       # those: test_stable_diffusion.py
+LARGE = ("imagenet64", "cifar10-scratch", "ffhq64", "afhqv2-64")
+NAMES = [n for n in PRESETS if not n.startswith("sd15")]          # those: test_stable_diffusion.py
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * n.startswith(LARGE)) for n in NAMES])
 def test_every_preset_line_runs(name, tmp_path, monkeypatch, quick, capsys, stand_ins):
     """Each line of PRESETS, and so each method at each scale: --dry-run writes nothing, then one real update."""
     monkeypatch.chdir(tmp_path)

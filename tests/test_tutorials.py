@@ -1,6 +1,8 @@
 """The notebooks run, top to bottom, keep to their rules, and say nothing that the code no longer does."""
 
+import ast
 import copy
+import importlib
 import re
 from pathlib import Path
 
@@ -23,6 +25,19 @@ def test_committed_notebook_keeps_the_rules(path):
     assert run.complaints(nbformat.read(path, as_version=4), path.stat().st_size) == []
 
 
+@pytest.mark.parametrize("path", run.NOTEBOOKS, ids=lambda p: p.stem)
+def test_names_in_notebooks_exist(path):
+    """Every name that a cell imports from this repository is there, and every cell is Python: found without running it."""
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code":
+            for node in ast.walk(ast.parse(cell.source)):
+                if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("nano_dmd", "toy", "tutorials"):
+                    module = importlib.import_module(node.module)
+                    for alias in node.names:
+                        assert hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}"), alias.name
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("path", run.NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs(path, monkeypatch):
     """In a kernel of its own; a failing assertion or a stale import is a failing test.  The file is not touched."""

@@ -69,7 +69,10 @@ def assert_close(a, b, atol):
 SHORT = ["--steps", "6", "--save_every", "3", "--batch", "16", "--no-bf16", "--lr_generator", "5e-4", "--lr_critic", "5e-4"]
 
 
-@pytest.mark.parametrize("name", RUNS)
+SLOW = {"digits dmd2, forward noised", "toy dmd with pairs"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in RUNS])
 def test_two_processes_are_one_with_the_joint_batch(name, tmp_path):
     """Weights agree to 1e-6 after 6 updates of generator and critic: same batches, same noise, averaged gradients.
 
@@ -85,6 +88,7 @@ sharded = pytest.mark.skipif(torch.__version__ < "2.7", reason="FSDP2 of torch 2
 
 
 @sharded
+@pytest.mark.slow
 def test_sharded_weights_train_alike(tmp_path):
     """--shard (FSDP2): each of two processes keeps half of every weight, and the run is that of one process to 1e-6; two or
     one resume what two began, optimiser state included."""
@@ -98,6 +102,7 @@ def test_sharded_weights_train_alike(tmp_path):
 
 
 @sharded
+@pytest.mark.slow
 def test_sharded_convolutions(tmp_path):
     """The same for a U-Net and two steps.  FSDP2 wants another memory order, which rounds differently, and Adam makes steps
     of gradients that are rounding errors: so the two runs may differ by 10 percent of the way they went."""
@@ -118,6 +123,7 @@ def test_parts_of_a_batch_work_with_several_processes(tmp_path):
     assert_close(one, two, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_resumed_by_as_many_or_fewer(tmp_path):
     """Two processes, killed after 3 of 6 updates: resumed by two, the same bits as never killed; resumed by one, the same
     to rounding, and a message says so."""

@@ -149,6 +149,7 @@ def wait_for(step, out, child):
         time.sleep(0.001)
 
 
+@pytest.mark.slow
 def test_killed_from_outside(uninterrupted, out):
     """SIGKILL at any moment, three times."""
     child = start([*flags("toy sid", out), "--save_every", "1"], "slowly")

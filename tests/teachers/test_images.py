@@ -139,6 +139,7 @@ def test_recomputing_activations_changes_nothing(flags, tmp_path, quick):
 TINY = ["--device", "cpu", "--teacher_steps", "5", "--batch", "32", "--steps", "3"]
 
 
+@pytest.mark.slow
 def test_compiled_and_eager_agree(tmp_path, quick, monkeypatch):
     """--compile: the same weights to 1e-4 after 5 updates of the teacher and 3 of the student, of size lr = 2e-3 (fused
     kernels round differently)."""
@@ -149,6 +150,7 @@ def test_compiled_and_eager_agree(tmp_path, quick, monkeypatch):
     assert plain.keys() == compiled.keys() and largest_difference(plain, compiled) <= 1e-4
 
 
+@pytest.mark.slow
 def test_steps_are_compiled_and_nothing_else(tmp_path, monkeypatch):
     """The teacher's training, batch 128, and the student's, batch 32, its way into the GAN (twice 32) included; pictures of 80
     and 30 digits, diagnostics and metrics run as they are."""

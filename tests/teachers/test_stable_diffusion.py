@@ -448,6 +448,7 @@ def check_option(option, argv, tmp_path, whole):
         assert all(torch.equal(whole[k], resident[k]) for k in whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset, option", [p for p in PRESETS if p[1] in ("full", "critic", "both")])
 def test_a_step_keeps_to_its_device_and_never_waits_for_it(preset, option, sd, prompts, photos, step_on_meta):
     flags = {name[2:]: int(rank) for name, rank in zip(OPTIONS[option][::2], OPTIONS[option][1::2])}
