@@ -6,7 +6,7 @@ with x = G(z) and xt = x + sigma * noise: the KL of noised samples, averaged ove
 come from denoisers, s = (D(xt) - xt) / sigma^2, so the bracket is (d_fake - d_real) / sigma^2. DMD
 gives each sample the weight sigma^2 / mean |x - d_real| (Yin et al., CVPR 2024, eq. 7-8). DMD1 adds
 a regression to noise-image pairs (eq. 9). DMD2 drops it. The value of this loss is g^2 / 2 and says
-nothing about progress. Watch the gap between the scores instead: mesm in the log of a run.
+nothing about progress. Watch mesm in the log of a run instead: the mean of |d_real - d_fake|^2.
 """
 
 import torch
