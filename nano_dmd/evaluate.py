@@ -209,7 +209,7 @@ def main(argv=None):
         raise UserError(f"--reference is for --metric {','.join(inception.METRICS)}: leave it out")
     if how == "own":
         data = find.find_data(cfg, teacher, device)
-        found = report_rows(generator, teacher, data, cfg, args.draws)
+        found = report_rows(generator, teacher, data, cfg, draws=args.draws)
     else:
         rows = inception_rows if how == "inception" else text_rows
         found = rows(cfg, teacher, generator, args, wanted, device)

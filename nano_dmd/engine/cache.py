@@ -35,8 +35,9 @@ def visible_files(folder, above=()):
 
     Links are followed, but not back to a folder above.  raises UserError
     """
-    found, here = [], os.path.realpath(folder)
+    found = []
     with blame(f"cannot look into {folder}"):
+        here = os.path.realpath(folder)            # some versions of Python refuse zeros here
         for name in os.listdir(folder) if here not in above else []:
             path = os.path.join(folder, name)
             if visible(name) and os.path.isdir(path):

@@ -255,3 +255,9 @@ def test_the_cache_can_be_seen_and_cleared(tmp_path, capsys):
 def test_what_made_an_entry_stands_beside_it():
     path = cached("thing", {"a": "b", "n": 3}, lambda path: path.write_text(""), ".npy")
     assert json.loads((cache_dir() / f"{path.stem}.made.json").read_text()) == {"a": "b", "n": 3}
+
+
+def test_a_folder_that_no_system_can_name():
+    """Some versions of Python refuse it in realpath, others later."""
+    with pytest.raises(UserError, match="cannot look into"):
+        cache.visible_files("\0")
