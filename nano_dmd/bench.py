@@ -26,6 +26,7 @@ from nano_dmd.engine.report import report
 from nano_dmd.evaluate import latency
 from nano_dmd.methods import METHODS, critic_requires_grad, train_step, update
 from nano_dmd.metrics.sets import table
+from nano_dmd.teachers.data import load_data
 
 
 def bench(cfg, repeats, limit=float("inf")):
@@ -37,10 +38,11 @@ def bench(cfg, repeats, limit=float("inf")):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     teacher, nets, opts, draw = prepare(cfg, device)
-    batch, parts = draw(), calls(cfg, nets, opts, draw)
+    batches = [draw() for _ in range(cfg.accumulate)]
+    parts, few = calls(cfg, nets, opts, draw, batches), min(repeats, 5)
     seconds = {name: machine.median_seconds(part, device, repeats, limit)
                for name, part in parts.items()}
-    seconds["student"], seconds["teacher"] = latency(nets, batch, teacher.kind, min(repeats, 5))
+    seconds["student"], seconds["teacher"] = latency(nets, batches[0], teacher.kind, few)
     memory = machine.about(device)["peak_memory_mib"]
     with FlopCounterMode(display=False) as counter, machine.compiled(False, asked=cfg.compile):
         parts["whole step"]()
@@ -50,10 +52,10 @@ def bench(cfg, repeats, limit=float("inf")):
         "images/s": cfg.batch / seconds["whole step"], "peak %": 100 * share, "memory MiB": memory}
 
 
-def calls(cfg, nets, opts, draw):
-    """{part of a step: function()}."""
-    batches, denoiser = [draw() for _ in range(cfg.accumulate)], nets.generator.net
+def calls(cfg, nets, opts, draw, batches):
+    """{part of a step: function()}, on batches, but for the whole step, which draws its own."""
     z, cond = batches[0].z, batches[0].cond
+    denoiser = nets.generator.net
 
     @torch.no_grad()
     def bare(z, cond):
@@ -101,14 +103,15 @@ def main(argv=None):
     print(table(rows))
 
 
-def whole_report(folder, minutes, given, argv):
+def whole_report(out, minutes, given, argv):
     """bench --report: prints what it wrote."""
     if wrong := sorted(given.keys() - {"device", "data"}):
         raise UserError(f"--report chooses its own settings: leave --{wrong[0]} out")
-    device = machine.pick_device(given.get("device", "auto"))
+    device, data = machine.pick_device(given.get("device", "auto")), given.get("data", "")
+    if data:
+        load_data(data)                            # a typo shows now, not after the other parts
     words = shlex.join(["python", "-m", "nano_dmd.bench", *(argv or sys.argv[1:])])
-    print(report(folder, minutes, device, given.get("data", ""), bench, words))
-    print(f"this is {folder}/report.md")
+    print(report(out, minutes, device, data, bench, words), f"this is {out}/report.md", sep="\n")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def trained(nets):
             for k, p in getattr(nets, name).named_parameters() if p.requires_grad}
 
 
-def step_on(device, cfg, compile=False):
+def step_on(device, cfg):
     """(how a step of gradient descent moves every weight, its logs), on the CPU."""
     draw = prepare.prepare(cfg, CPU)[3]
     _, nets, opts, _ = prepare.prepare(cfg, device)

@@ -10,15 +10,14 @@ import shlex
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from nano_dmd.engine import machine
 from nano_dmd.engine.config import resolve
-from nano_dmd.engine.files import (UserError, cache_dir, first_line, note, parse_json, read_lines,
-                                   write_atomic, write_json)
+from nano_dmd.engine.files import (UserError, cache_dir, delete, first_line, note, parse_json,
+                                   read_lines, trim_log, write_atomic, write_json)
 from nano_dmd.metrics.sets import table
 from nano_dmd.presets import REPORTED
 
@@ -92,8 +91,8 @@ def report(out, minutes, device, data, bench, command):
             settings |= dict(prompts=str(prompts), half_frozen=changes["bf16"])
         cfg = resolve(settings | changes)
         print(f"{section}: {label}", file=sys.stderr, flush=True)
-        gib = 24 if "24 GB" in label else 0
-        numbers = attempt(bench, cfg, device, gib, limit=minutes / 2)
+        limit_memory(device, 24 if "24 GB" in label else 0)
+        numbers = attempt(bench, cfg, limit=minutes / 2)
         found["parts"].append(dict(section=section, label=label, method=cfg.method,
                                    batch=cfg.batch, **numbers))
     found["training"] = training(out / "run", save(), device, data)
@@ -114,12 +113,11 @@ def what_it_is(device):
     return known
 
 
-def attempt(bench, cfg, device, gib, limit):
+def attempt(bench, cfg, limit):
     """The numbers of one part, or {"failed": why}."""
     start = time.perf_counter()
     try:
-        with within_memory(device, gib):
-            found = bench(cfg, repeats=10, limit=limit)
+        found = bench(cfg, repeats=10, limit=limit)
     except (UserError, RuntimeError) as e:         # torch's "out of memory" is a RuntimeError
         found = {"failed": first_line(e)}
     gc.collect()
@@ -129,18 +127,11 @@ def attempt(bench, cfg, device, gib, limit):
     return found | {"took": round(time.perf_counter() - start, 1)}
 
 
-@contextmanager
-def within_memory(device, gib):
-    """A smaller GPU: at most so many GiB of this one.  0: all of it."""
-    if device.type != "cuda" or not gib:
-        yield
-        return
-    whole = torch.cuda.get_device_properties(device).total_memory / 2**30
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gib / whole), device)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+def limit_memory(device, gib):
+    """From here on a smaller GPU: at most so many GiB of this one.  0: all of it."""
+    if device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory / 2**30
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib / whole) if gib else 1.0, device)
 
 
 def training(out, seconds, device, data):
@@ -153,6 +144,7 @@ def training(out, seconds, device, data):
     flags = [word for k, v in what.items() for word in (f"--{k}", str(v))]
     if device.type == "cpu":
         flags += ["--no-compile"]
+    delete(out)                                    # an earlier report's
     try:
         subprocess.run([sys.executable, "-m", "nano_dmd.train", *flags], timeout=max(seconds, 60),
                        capture_output=True)
@@ -160,7 +152,8 @@ def training(out, seconds, device, data):
         note("the training was stopped: its time was over")
     log, rows = out / "log.jsonl", {}
     batch = resolve({k: what[k] for k in ("preset", "method")}).batch
-    for _, line in read_lines(log) if log.is_file() else []:
+    trim_log(log, 10**9)                           # without a line that was cut short
+    for _, line in read_lines(log):
         entry = parse_json(line, log)
         if entry.get("metrics"):
             step, seconds = entry["step"], entry["seconds"][1]
@@ -171,10 +164,9 @@ def training(out, seconds, device, data):
 
 def latencies(parts):
     """{network and precision: milliseconds of one sample by bare network, student, teacher}."""
-    known = [p for p in parts if p["section"] == "methods" and "failed" not in p]
+    known = [p for p in parts if p["section"] == "methods" and p["method"] == REPORTED[1]]
     return {p["label"].replace(f" {p['method']}", ""): {k: p[k] for k in LATENCY}
-            | {"ratio": p["teacher ms"] / p["student ms"]}
-            for p in known if p["method"] == REPORTED[1]}
+            | {"ratio": p["teacher ms"] / p["student ms"]} for p in known}
 
 
 def against_official(parts):
@@ -182,7 +174,7 @@ def against_official(parts):
 
     The stand-in is our step in fp32, eager, without TF32, and one more pass of the generator.
     """
-    known, rows = {p["label"]: p for p in parts if "failed" not in p}, {}
+    known, rows = {p["label"]: p for p in parts}, {}
     for method in REPORTED:
         slow = known.get(f"cifar10 {method}, fp32")
         for how in ("bf16", "bf16 compiled") if slow else ():
@@ -195,7 +187,7 @@ def against_official(parts):
 
 def as_markdown(found):
     """A section for docs/gpu.md."""
-    known, parts = found["machine"], found["parts"]
+    known, parts = found["machine"], [p for p in found["parts"] if "failed" not in p]
     peaks = ", ".join(f"{v:.3g} {k}" for k, v in known.items() if "TFLOP" in k)
     memory = f"{known['memory_gib']} GiB, CUDA {known['cuda']}, " if "cuda" in known else ""
     rehearsal = "" if "cuda" in known else ": a rehearsal with small networks"
@@ -209,12 +201,12 @@ def as_markdown(found):
             lines.extend(["", title, "", "```text", table(rows), "```"])
 
     for section, title in TITLES.items():
-        show(title, {p["label"]: {"batch": p["batch"]} | {k: p[k] for k in SPEED}
-                     for p in parts if p["section"] == section and "failed" not in p})
+        show(title, {p["label"]: {k: p[k] for k in ("batch", *SPEED)}
+                     for p in parts if p["section"] == section})
     show("One sample, milliseconds", latencies(parts))
     show("Against the cost of the official code (fp32, eager, one generator pass more)",
          against_official(parts))
-    show("Failed", {p["label"]: {"why": p["failed"]} for p in parts if "failed" in p})
+    show("Failed", {p["label"]: {"why": p["failed"]} for p in found["parts"] if "failed" in p})
     if "training" in found:
         lines.extend(["", "A real training, stopped when its time was over:", "", "```bash",
                       found["training"]["command"], "```"])

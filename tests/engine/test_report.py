@@ -1,6 +1,5 @@
 """bench --report: what it measures can be measured, what it wrote stays, and a cut leaves what was done."""
 
-import contextlib
 import json
 import subprocess
 from pathlib import Path
@@ -53,7 +52,7 @@ def test_every_part_of_the_plan_is_a_run(gpu, tmp_path, monkeypatch):
     seen, device = [], torch.device("cuda" if gpu else "cpu")
     monkeypatch.setattr(report, "training", lambda *args: dict(command="", rows={}))
     monkeypatch.setattr(report, "what_it_is", lambda device: dict(device="x", torch="2", threads=1))
-    monkeypatch.setattr(report, "within_memory", lambda device, gib: contextlib.nullcontext())
+    monkeypatch.setattr(report, "limit_memory", lambda device, gib: None)
     report.report(tmp_path, 60, device, "", lambda cfg, repeats, limit: (seen.append(cfg), NUMBERS)[1], "bench")
     assert len(seen) == len(plan) and len({(c.preset, c.method, c.bf16, c.tf32, c.compile) for c in seen}) > 10
     for cfg in {(c.preset, c.lora_critic, c.lora_generator, c.adam8bit): c for c in seen}.values() if not gpu else ():
@@ -93,19 +92,25 @@ def test_the_training_of_a_report(tmp_path, monkeypatch, quick):
     """A real run, stopped by the clock: what its log says by then.  Of digits, where no images are found."""
     def until_it_is_stopped(command, timeout, **more):
         train.main([*command[3:], "--steps", "6", "--teacher_steps", "3", "--log_every", "2", "--eval_every", "2"])
+        (tmp_path / "run" / "log.jsonl").open("a").write('{"step": 8, "metr')
         raise subprocess.TimeoutExpired(command, timeout)
 
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pt").write_text("of an earlier report")
     monkeypatch.setattr(report.subprocess, "run", until_it_is_stopped)
     found = report.training(tmp_path / "run", 100, CPU, "")
     assert "--preset digits" in found["command"] and "--no-compile" in found["command"]
-    assert list(found["rows"]) == ["2 updates", "4 updates", "6 updates"]
+    assert list(found["rows"]) == ["2 updates", "4 updates", "6 updates"]          # the line that was cut is left out
     for name, row in found["rows"].items():
         assert row["images/s"] == pytest.approx(64 * int(name[0]) / row["minutes"] / 60) and row["fd"] > 0
 
 
 def test_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "report", lambda *args: f"{args[:2]} {args[3]}")
-    bench.main(["--report", str(tmp_path), "--minutes", "2", "--device", "cpu", "--data", "folder"])
-    assert f"('{tmp_path}', 2) folder" in capsys.readouterr().out
+    bench.main(["--report", str(tmp_path), "--minutes", "2", "--device", "cpu", "--data", "digits"])
+    assert f"('{tmp_path}', 2) digits" in capsys.readouterr().out
+    monkeypatch.setattr(bench, "report", lambda *args: pytest.fail("data that is not there is found first"))
+    with pytest.raises(UserError, match="no data set 'nowhere'"):
+        bench.main(["--report", str(tmp_path), "--device", "cpu", "--data", "nowhere"])
     with pytest.raises(UserError, match="leave --batch out"):
         bench.main(["--report", str(tmp_path), "--batch", "3"])
