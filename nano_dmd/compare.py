@@ -38,7 +38,8 @@ def parse_row(preset, row):
     config.add_config_flags(p)
     given = vars(p.parse_args(flags))
     if taken := [n for n in ("preset", "method", "seed", "out", "control") if n in given]:
-        raise UserError(f"--{taken[0]} cannot stand in a row ({row!r}): leave it out")
+        raise UserError(f"--{taken[0]} cannot stand in the row {row!r}: give --preset, --seeds or "
+                        "--out for all rows")
     return dict(given, preset=preset, method=method, control=False)
 
 

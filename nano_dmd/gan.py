@@ -1,8 +1,8 @@
 """DMD2's GAN term: a small head on the fake score's bottleneck tells noised real from noised fake.
 
-No other loss uses real data. Distribution matching alone inherits the teacher's
-mistakes; real images can repair them (DMD2 section 4.3). Both kinds of sample are noised before the
-critic looks. So the two distributions overlap, and the gradient is informative at every scale.
+No other loss uses real data. Distribution matching alone inherits the teacher's mistakes; real
+images can repair them (DMD2 section 4.3). Both kinds of sample are noised before the critic looks.
+So the two distributions overlap, and the gradient is informative at every scale.
 """
 
 import torch

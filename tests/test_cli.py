@@ -234,7 +234,7 @@ def test_evaluate_a_broken_run(complain, finished, name, content):
 
 @pytest.mark.parametrize("argv, text", [
     ([], "rows"), (["sid", "--seeds", "0"], "--seeds"), (["sid", "--jobs", "0"], "--jobs"),
-    (["gan"], "--method must be one of"), (["sid --help"], "--help"), (["--", "sid --seed 4"], "--seed cannot stand in a row"),
+    (["gan"], "--method must be one of"), (["sid --help"], "--help"), (["--", "sid --seed 4"], "--seed cannot stand in the row"),
     (["sid", "sid --method dmd"], "--method cannot stand"), (["sid --preset digits"], "--preset cannot stand"),
     (["sid --out x"], "--out cannot stand"), (["sid --resume"], "--resume"),
     (["sid", "dmd --nope 1"], "--nope"), (["sid", "dmd --steps 0"], "--steps"),

@@ -151,7 +151,8 @@ def check_writable(folder):
     """Raise UserError now if folder could not be written to later; touches nothing."""
     nearest = next(p for p in (Path(folder), *Path(folder).absolute().parents) if os.path.exists(p))
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise UserError(f"cannot write to {folder}: {nearest} is no folder for it; change --out")
+        raise UserError(f"cannot write to {folder}: {nearest} is no folder to write to; choose "
+                        "another --out")
 
 
 def plain(obj):

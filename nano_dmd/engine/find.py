@@ -26,8 +26,9 @@ def find_teacher(cfg, device, resumed=""):
     teacher = load_teacher(cfg.teacher, device, data=cfg.data, **options)
     if teacher.net is None:
         check_guidance(cfg, teacher.classes, zoo.RECIPES["toy"])
-        found = zoo.fit_or_load(cfg.teacher, cfg.teacher, zoo.RECIPES["toy"], device, **options)
-        teacher = teacher._replace(net=found[0], recipe=found[1])
+        what = cfg.teacher, cfg.teacher, zoo.RECIPES["toy"], device
+        net, recipe = zoo.fit_or_load(*what, **options)
+        teacher = teacher._replace(net=net, recipe=recipe)
     check_guidance(cfg, teacher.classes, teacher.recipe)
     return teacher
 
@@ -44,8 +45,6 @@ def find_data(cfg, teacher, device, data=None):
     if not name and needed:
         raise UserError(f"{cfg.method} with these settings needs real data, and that of "
                         f"{cfg.teacher} is not known: give --data")
-    if teacher.kind == "text" and cfg.flip:
-        raise UserError("--flip: latents of mirrored images are no mirrored latents; leave it out")
     if name and teacher.kind == "text":
         from nano_dmd.teachers.text_to_image import Latents
 
@@ -65,6 +64,8 @@ def find_prompts(cfg, teacher):
         return None
     from nano_dmd.teachers.text_to_image import read_prompts
 
+    if cfg.flip:
+        raise UserError("--flip: latents of mirrored images are no mirrored latents; leave it out")
     if not cfg.prompts:
         raise UserError(f"{cfg.teacher} listens to text: give --prompts FILE, one prompt to a line")
     prompts = read_prompts(teacher.recipe["source"], cfg.prompts)
@@ -117,7 +118,7 @@ def cached_pairs(cfg, teacher, device, prompts=None):
     labels = dict(cond=(torch.int64, (cfg.pairs,))) if kinds else {}
     pairs = files.load_tensors(path, dict(z=images, x=images, **labels))
     if kinds and not ((pairs["cond"] >= 0) & (pairs["cond"] < kinds)).all():
-        raise UserError(f"{path} is damaged: it has over {kinds} kinds; {files.MADE_AGAIN}")
+        raise UserError(f"{path} is damaged: a class is not among {kinds}; {files.MADE_AGAIN}")
     return {k: v if k == "cond" else resident(v, device) for k, v in pairs.items()}
 
 

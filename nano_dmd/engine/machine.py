@@ -34,7 +34,7 @@ def pick_device(name):
 def fast_bf16(device):
     """Whether bfloat16 is fast there: yes on GPUs.  Many CPUs emulate it, 10 to 60 times slower.
 
-    Intel's without AMX have instructions for it that are slower than float32, half as fast here.
+    Intel's without AMX compute in it, but at less than half the speed of float32 (docs/log.md).
     """
     known = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     slow = "GenuineIntel" in cpu() and "amx_bf16" not in cpu()

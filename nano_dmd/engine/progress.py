@@ -69,11 +69,12 @@ class Progress:
         numbers = dict(mesm=record["mesm"], fake=record["fake_loss"], spread=[spread])
         shown = {k: "-" if None in v else f"{sum(v):.3f}" for k, v in numbers.items()}
         self.steps.set_postfix(shown)
-        usual, even = self.reference["x_std"], self.reference["spread"]
+        usual, usual_spread = self.reference["x_std"], self.reference["spread"]
         if std is not None and std > 3 * usual:
             self.steps.write(f"WARNING: samples explode: std {std:.3g}, teacher {usual:.3g}")
-        if spread is not None and spread < 0.3 * even:
-            self.steps.write(f"WARNING: samples collapse: spread {spread:.3g}, teacher {even:.3g}")
+        if spread is not None and spread < 0.3 * usual_spread:
+            self.steps.write(f"WARNING: samples collapse: spread {spread:.3g}, teacher "
+                             f"{usual_spread:.3g}")
 
     def save(self, state):
         """checkpoint.pt of state(), which every process that watches must call."""

@@ -204,7 +204,8 @@ def keyword_arguments(note):
         values = value if type(value) in (list, tuple) else [value]
         plain = all(type(v) in (bool, int, float, str, type(None)) for v in values)
         if type(name) is not str or not plain:
-            raise ValueError(f"its network was built with {brief(name)} = {brief(value)}")
+            raise ValueError(f"its network was built with {brief(name)} = {brief(value)}, no plain "
+                             "value")
     return json.loads(json.dumps(kwargs))
 
 

@@ -98,8 +98,8 @@ def test_check_writable(tmp_path):
     (tmp_path / "file").write_text("")
     check_writable(tmp_path / "x" / "y")
     assert names(tmp_path) == ["file"]
-    assert "file is no folder for it" in sentence(check_writable, tmp_path / "file")
-    assert "file is no folder for it" in sentence(check_writable, tmp_path / "file" / "x")
+    assert "file is no folder to write to" in sentence(check_writable, tmp_path / "file")
+    assert "file is no folder to write to" in sentence(check_writable, tmp_path / "file" / "x")
 
 
 def test_remove_leftovers(tmp_path):
