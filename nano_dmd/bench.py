@@ -7,7 +7,8 @@ net forward    the bare network on a batch: what its samples cost at least
 images/s       batch / whole step; the critic's further batches are not counted
 peak           share of the speed of matrix products measured here, in the run's precision
 memory         peak of the method on a GPU, of the whole process on a CPU: give one method at a time
-bare, student, teacher   one sample by the bare network, by the student, by the teacher
+bare, student, teacher   one sample by the bare network, by the student, by the teacher's guided
+               steps; speed-up is the ratio of the last two
 
 --report measures the published networks with random weights, then trains on real images.
 """
@@ -18,7 +19,6 @@ import sys
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nano_dmd.denoiser import FromEps
 from nano_dmd.engine import config, machine
 from nano_dmd.engine.files import UserError, command
 from nano_dmd.engine.prepare import prepare
@@ -42,13 +42,14 @@ def bench(cfg, repeats, limit=float("inf")):
     parts, few = calls(cfg, nets, opts, draw, batches), min(repeats, 5)
     seconds = {name: machine.median_seconds(part, device, repeats, limit)
                for name, part in parts.items()}
-    seconds["student"], seconds["teacher"] = latency(nets, batches[0], teacher.kind, few)
+    seconds["student"], seconds["teacher"] = latency(nets, batches[0], teacher.calls, few)
     memory = machine.about(device)["peak_memory_mib"]
     with FlopCounterMode(display=False) as counter, machine.compiled(False, asked=cfg.compile):
         parts["whole step"]()
     speed = counter.get_total_flops() / seconds["whole step"]
     share = speed / machine.matmul_flops(device, nets.generator.net.bf16)
     return {f"{k} ms": 1000 * v for k, v in seconds.items()} | {
+        "speed-up": seconds["teacher"] / seconds["student"],
         "images/s": cfg.batch / seconds["whole step"], "peak %": 100 * share, "memory MiB": memory}
 
 
@@ -59,10 +60,9 @@ def calls(cfg, nets, opts, draw, batches):
 
     @torch.no_grad()
     def bare(z, cond):
-        dtype = torch.int64 if isinstance(denoiser, FromEps) else torch.float32   # timesteps
-        c_noise = torch.zeros(len(z), device=z.device, dtype=dtype)
+        time = denoiser.time(z.new_ones(len(z)))
         with torch.autocast(z.device.type, torch.bfloat16, enabled=denoiser.bf16):
-            denoiser.net(z, c_noise, cond)
+            denoiser.net(z, time, cond)
 
     def alone(which):
         critic_requires_grad(nets, which == "critic")

@@ -2,7 +2,7 @@
 
     Denoiser:  D(x, sigma, cond=None) -> E[x0 | x0 + sigma * eps = x, cond]
 
-EDM, eps- and v-prediction networks become Denoisers here alone. An exact mixture is one already.
+EDM, eps-, v- and flow networks become Denoisers here alone. An exact mixture is one already.
 Every loss is written with D. Tweedie's formula gives the score: (D(x, sigma) - x) / sigma^2.
 
 EDM = Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models".
@@ -32,49 +32,66 @@ def score(denoiser, x, sigma, cond=None):
     return (denoiser(x, sigma, cond) - x) / expand(sigma, x) ** 2
 
 
-class EDM(nn.Module):
-    """EDM's preconditioning (table 1): the network sees unit variance and predicts unit variance.
+class Adapter(nn.Module):
+    """What the adapters share: how a network is asked.  With bf16 it alone runs in bfloat16.
 
-    D(x, sigma) = c_skip x + c_out F(c_in x, ln(sigma) / 4).  With bf16, F alone runs in bfloat16.
-    Sigma reaches 80, so x is scaled first, and everything outside F stays float32.
+    c_in(sigma)  (B,): the network sees c_in xt
+    time(sigma)  (B,): what the network is told about sigma
+    Sigma reaches 80 and more, so x is scaled first; everything outside the network stays float32.
     """
 
-    def __init__(self, net, sigma_data=0.5, bf16=False):
+    def __init__(self, net, bf16=False):
         super().__init__()
         self.net, self.bf16 = net, bf16
-        self.sigma_data = sigma_data
 
     def _call(self, function, x, sigma, cond):
-        c_in = (sigma**2 + self.sigma_data**2).rsqrt()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            return function(expand(c_in, x) * x, sigma.log() / 4, cond).to(x.dtype)
+            return function(expand(self.c_in(sigma), x) * x, self.time(sigma), cond).to(x.dtype)
 
-    def forward(self, x, sigma, cond=None):
-        s, d = expand(sigma, x), self.sigma_data
-        norm = (s**2 + d**2).sqrt()
-        return (d / norm) ** 2 * x + s * d / norm * self._call(self.net, x, sigma, cond)
+    def scale(self, sigma):
+        """(B,): xt of this size is pure noise to the network, which then sees z (Generator)."""
+        return 1 / self.c_in(sigma)
 
     def features(self, x, sigma, cond=None):
         """Bottleneck activations (B, C, ...) of the network, for the GAN head."""
         return self._call(self.net.features, x, sigma, cond)
 
 
-class FromEps(nn.Module):
+class EDM(Adapter):
+    """EDM (table 1): D = c_skip x + c_out F(c_in x, ln(sigma) / 4); unit variance around F."""
+
+    def __init__(self, net, sigma_data=0.5, bf16=False):
+        super().__init__(net, bf16)
+        self.sigma_data = sigma_data
+
+    def c_in(self, sigma):
+        return (sigma**2 + self.sigma_data**2).rsqrt()
+
+    def time(self, sigma):
+        return sigma.log() / 4
+
+    def forward(self, x, sigma, cond=None):
+        s, d = expand(sigma, x), self.sigma_data
+        norm = (s**2 + d**2).sqrt()
+        return (d / norm) ** 2 * x + s * d / norm * self._call(self.net, x, sigma, cond)
+
+
+class FromEps(Adapter):
     """A variance-preserving eps-prediction network net(x_vp, t, cond) as a Denoiser.
 
     x_vp = x / sqrt(1 + sigma^2) and x0 = x - sigma * eps.  alphas_cumprod (T,) is the training
-    schedule. t is the index of the nearest log-sigma in its table. (searchsorted is off by one on
-    about 200 of SD's 1000 when sigma comes from another float32 formula.)
+    schedule. t is the index of the nearest log-sigma in its table.
     """
 
     def __init__(self, net, alphas_cumprod, bf16=False):
-        super().__init__()
-        self.net, self.bf16 = net, bf16
+        super().__init__(net, bf16)
         abar = alphas_cumprod.double()
         self.register_buffer("sigmas", ((1 - abar) / abar).sqrt().float())     # (T,) ascending
 
-    def timestep(self, sigma):
-        """(B,) sigma -> (B,) int64 index of the nearest log-sigma."""
+    def c_in(self, sigma):
+        return (1 + sigma**2).rsqrt()
+
+    def time(self, sigma):
         return (sigma.log()[:, None] - self.sigmas.log()[None]).abs().argmin(1)
 
     def within(self, x, sigma):
@@ -82,18 +99,12 @@ class FromEps(nn.Module):
         end = sigma.clamp(max=self.sigmas[-1])
         return expand(end / sigma, x) * x, end
 
-    def _call(self, function, x, sigma, cond):
-        s = expand(sigma, x)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            return function(x / (1 + s**2).sqrt(), self.timestep(sigma), cond).to(x.dtype)
-
     def forward(self, x, sigma, cond=None):
         x, sigma = self.within(x, sigma)
         return x - expand(sigma, x) * self._call(self.net, x, sigma, cond)
 
     def features(self, x, sigma, cond=None):
-        """Bottleneck activations (B, C, ...) of the network, for the GAN head."""
-        return self._call(self.net.features, *self.within(x, sigma), cond)
+        return super().features(*self.within(x, sigma), cond)
 
 
 class FromV(FromEps):
@@ -104,6 +115,23 @@ class FromV(FromEps):
         s = expand(sigma, x)
         norm = (1 + s**2).sqrt()
         return (x / norm - s * self._call(self.net, x, sigma, cond)) / norm
+
+
+class FromFlow(Adapter):
+    """A flow network as a Denoiser: it predicts v = noise - x at x_t = (1 - t) x + t noise.
+
+    x_t = xt / (1 + sigma) and t = sigma / (1 + sigma), so x0 = x_t - t v.
+    """
+
+    def c_in(self, sigma):
+        return 1 / (1 + sigma)
+
+    def time(self, sigma):
+        return sigma / (1 + sigma)
+
+    def forward(self, x, sigma, cond=None):
+        s = expand(sigma, x)
+        return (x - s * self._call(self.net, x, sigma, cond)) / (1 + s)
 
 
 @torch.no_grad()

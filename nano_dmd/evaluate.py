@@ -29,9 +29,6 @@ from nano_dmd.engine.runs import load_run
 from nano_dmd.metrics import images, inception, points, sets, text
 from nano_dmd.teachers.data import load_data
 
-# The teacher's calls for one sample: 35 in 18 Heun steps; 50 in a usual Stable Diffusion sampler,
-# where a guided call is two network calls.
-CALLS = {"points": 35, "images": 35, "text": 50}
 DIGITS = ("fd", "feat_fd", "precision", "recall", "accuracy", "nearest")
 IMAGES = ("fixed_fd", "fixed_precision", "fixed_recall")
 POINTS = ("sw2", "in3", "modes", "weight_error")
@@ -82,7 +79,7 @@ def report_rows(generator, teacher, data, cfg, draws=5):
     device, k = next(generator.parameters()).device, len(generator.sigmas)
     real, n = find.guided_by(teacher, cfg), cfg.eval_images
     result = {}
-    calls = CALLS[teacher.kind] * (2 if cfg.guidance != 1 else 1)
+    calls = teacher.calls * (2 if cfg.guidance != 1 else 1)
     if data and data.kind == "images" and len(data) > 1:
         result["real halves"] = images.split_halves(data, n)
 
@@ -99,21 +96,21 @@ def report_rows(generator, teacher, data, cfg, draws=5):
 
 
 @torch.no_grad()
-def latency(nets, batch, kind, repeats):
-    """Seconds for one sample by (the student, the teacher: one guided call times CALLS[kind])."""
+def latency(nets, batch, calls, repeats):
+    """Seconds for one sample by (the student, the teacher: one guided call times its calls)."""
     z, cond = batch.z[:, :1], None if batch.cond is None else batch.cond[:1]
     sigma = z.new_ones(1)
     guided = machine.median_seconds(lambda: nets.real(z[0], sigma, cond), z.device, repeats)
     student = machine.median_seconds(lambda: nets.ema(z, cond), z.device, repeats)
-    return student, CALLS[kind] * guided
+    return student, calls * guided
 
 
 @torch.no_grad()
 def latent_rows(nets, draw, cfg):
-    """{"teacher", method: {metric: number}} of Stable Diffusion: latency, statistics of latents."""
-    batch = draw()
-    x, (student, slow) = nets.ema(batch.z, batch.cond), latency(nets, batch, "text", 3)
-    calls = CALLS["text"] * (2 if cfg.guidance != 1 else 1)
+    """{"teacher", method: {metric: number}} of text to image: latency, statistics of latents."""
+    batch, calls = draw(), draw.teacher.calls
+    x, (student, slow) = nets.ema(batch.z, batch.cond), latency(nets, batch, calls, 3)
+    calls *= 2 if cfg.guidance != 1 else 1
     return {"teacher": {"NFE": calls, "ms per image": 1000 * slow},
             cfg.method: {"NFE": len(batch.z), "ms per image": 1000 * student,
                          "speed-up": slow / student, "latent mean": x.mean().item(),
@@ -145,11 +142,12 @@ def inception_rows(cfg, teacher, generator, args, wanted, device):
 
 def text_rows(cfg, teacher, generator, args, wanted, device):
     """{method: metrics} of args.n images of a student, prompts in turn; image i has seed i."""
-    from nano_dmd.teachers.text_to_image import read_prompts
+    from nano_dmd.teachers.prompts import read_prompts
 
     if not teacher.decode:
         raise UserError(f"students of {cfg.teacher} cannot be measured: it has no decoder")
-    prompts = read_prompts(teacher.recipe["source"], args.prompts or cfg.prompts)
+    path = args.prompts or cfg.prompts
+    prompts = read_prompts(teacher.recipe["source"], path, cfg.encode, device)
 
     @torch.no_grad()
     def one(seed):

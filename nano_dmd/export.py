@@ -1,13 +1,14 @@
-"""Write a Stable Diffusion student as a pipeline folder that diffusers loads and samples as we do.
+"""Write a text-to-image student as a pipeline folder that diffusers loads and samples as we do.
 
     python -m nano_dmd.export RUN --to DIR
 
     DiffusionPipeline.from_pretrained(DIR)("a red cube", num_inference_steps=1, guidance_scale=0)
 
-Students that start from unit noise (DMD, DMD2) get an LCMScheduler, whose steps are ours: predict
-x0, noise it again. SiD's student starts from sigma z at timestep 625. That is one Euler step on
-the first 626 timesteps of the schedule. LoRA updates are merged into the weights.
-pytorch_lora_weights.safetensors holds the updates alone.
+U-Net students that start from unit noise (DMD, DMD2) get an LCMScheduler, whose steps are ours:
+predict x0, noise it again. SiD's student starts from sigma z at timestep 625. That is one Euler
+step on the first 626 timesteps of the schedule. Flow students get a FlowMatchLCMScheduler without
+shift. It cannot store its times, so they stand in the call, which the model card shows.
+LoRA updates are merged into the weights; pytorch_lora_weights.safetensors holds them alone.
 """
 
 import shutil
@@ -16,13 +17,16 @@ from pathlib import Path
 
 import torch
 
+from nano_dmd.engine import files
 from nano_dmd.engine.config import parser
-from nano_dmd.engine.files import UserError, command, first_line, unwritable
+from nano_dmd.engine.files import UserError, command
 from nano_dmd.engine.runs import load_run
 from nano_dmd.noise import sd_sigmas
-from nano_dmd.teachers import diffusers_unet as hub
+from nano_dmd.teachers import hub
+from nano_dmd.teachers.diffusers_unet import noise_table
+from nano_dmd.teachers.latents import load_vae, pixels
+from nano_dmd.teachers.prompts import text_parts
 from nano_dmd.teachers.text_networks import RANDOM
-from nano_dmd.teachers.text_to_image import sd_part
 
 CARD = """---
 base_model: {base}
@@ -44,6 +48,7 @@ image = DiffusionPipeline.from_pretrained("{folder}")("a red cube", {call}).imag
 
 The licence and the terms of use of the base model apply to these weights too.
 """
+FLOW_START = "flow students are exported if they start from unit noise: train with --unit_noise"
 
 
 def timesteps(cfg):
@@ -58,10 +63,21 @@ def timesteps(cfg):
     return found
 
 
-def scheduler(cfg, config):
-    """(a diffusers scheduler that samples as the student does, arguments of a call)."""
-    from diffusers import EulerDiscreteScheduler, LCMScheduler
+def scheduler(cfg, kind, config, side):
+    """(a diffusers scheduler that samples as the student does, arguments of a call).
 
+    kind    the student's row of text_networks.KINDS
+    config  of the teacher's DDPMScheduler; a flow model needs none
+    side    pixels of an image
+    """
+    from diffusers import EulerDiscreteScheduler, FlowMatchLCMScheduler, LCMScheduler
+
+    if kind.call:
+        if not cfg.unit_noise:
+            raise UserError(FLOW_START)
+        times = [round(s / (1 + s), 6) for s in cfg.sigma_list()]
+        call = kind.call.format(times=times, timesteps=[1000 * t for t in times], side=side)
+        return FlowMatchLCMScheduler(shift=1.0), call
     steps = timesteps(cfg)
     call = f"num_inference_steps={len(steps)}, guidance_scale=0"
     if not cfg.unit_noise:
@@ -83,48 +99,73 @@ def scheduler(cfg, config):
     return LCMScheduler.from_config(config, clip_sample=False), call
 
 
-def lora_weights(unet):
-    """Low-rank weights by peft's names, scaled so that a loader needs to know no alpha."""
+def lora_weights(network, part):
+    """Low-rank weights by diffusers' names, scaled so that a loader needs to know no alpha."""
     from peft.utils import get_peft_model_state_dict
 
-    scale = unet.peft_config["default"].lora_alpha / unet.peft_config["default"].r
-    weights = get_peft_model_state_dict(unet)
-    return {k: (v * scale if "lora_B" in k else v).contiguous() for k, v in weights.items()}
+    config = network.peft_config["default"]
+    weights, scale = get_peft_model_state_dict(network), config.lora_alpha / config.r
+    return {f"{part}.{k}": v * scale if "lora_B" in k else v for k, v in weights.items()}
+
+
+def merge_lora(network):
+    """Add the low-rank updates to the weights, and forget them."""
+    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in network.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+    recurse_remove_peft_layers(network)
 
 
 def export(run, to):
     """Write the pipeline folder `to`, complete or not at all; returns arguments of its call."""
-    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
-    from transformers import CLIPTextModel
+    from diffusers import DDPMScheduler, DiffusionPipeline
 
     cfg, teacher, generator = load_run(run)
     if teacher.kind != "text" or teacher.recipe["source"] in RANDOM:
-        raise UserError(f"{run} is a student of {cfg.teacher}: only those of a Stable Diffusion "
+        raise UserError(f"{run} is a student of {cfg.teacher}: only those of a text-to-image "
                         "pipeline can be exported")
     if Path(to).exists():
         raise UserError(f"{to} exists already: give --to a folder that does not")
-    source, unet = teacher.recipe["source"], generator.net.net.unet
-    table = DDPMScheduler.from_config(hub.noise_table(source).config)
-    steps, call = scheduler(cfg, dict(table.config))
+    source, net = teacher.recipe["source"], generator.net.net
+    vae, config = load_vae(source), None
+    if not net.kind.call:
+        config = dict(DDPMScheduler.from_config(noise_table(source).config).config)
+    steps, call = scheduler(cfg, net.kind, config, teacher.shape[1] * pixels(vae.config))
     parent = Path(to).absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent, prefix=".export-", suffix=".tmp") as tmp:
             new = Path(tmp) / "new"
             if cfg.lora_generator:
-                StableDiffusionPipeline.save_lora_weights(new, unet_lora_layers=lora_weights(unet))
-                unet.fuse_lora()
-                unet.unload_lora()
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                **hub.source(source), unet=unet, scheduler=steps,
-                vae=sd_part(AutoencoderKL, source, "vae"),
-                text_encoder=sd_part(CLIPTextModel, source, "text_encoder"))
+                files.save_tensors(new / "pytorch_lora_weights.safetensors",
+                             lora_weights(net.network, net.kind.part))
+                merge_lora(net.network)
+            text = text_parts(source)
+            pipeline = DiffusionPipeline.from_pretrained(
+                **hub.source(source), **{net.kind.part: net.network}, scheduler=steps, vae=vae,
+                use_safetensors=True, **text)
             pipeline.save_pretrained(new)
+            restore_text_parts(new, source, text)
             (new / "README.md").write_text(card(cfg, source, Path(to).name, call), encoding="utf-8")
             shutil.move(new, to)
     except OSError as e:
-        raise unwritable(to, e) from e
+        raise files.unwritable(to, e) from e
     return call
+
+
+def restore_text_parts(new, source, text):
+    """Describe text encoders of diffusers' own (PRX) as the source does.
+
+    diffusers saves the config of T5Gemma so that it cannot load it again (its issue 13142)
+    """
+    index = files.read_json(new / "model_index.json")
+    for name in (n for n, v in text.items() if type(v).__module__.startswith("diffusers")):
+        index[name] = hub.index_of(source)[name]
+        files.write_json(new / name / "config.json", hub.component_config(source, name))
+    files.write_json(new / "model_index.json", index)
 
 
 def card(cfg, source, folder, call):
@@ -138,13 +179,13 @@ def card(cfg, source, folder, call):
 
 def main(argv=None):
     p = parser("python -m nano_dmd.export", __doc__)
-    p.add_argument("run", help="the folder of a finished run on Stable Diffusion")
+    p.add_argument("run", help="the folder of a finished run with prompts")
     p.add_argument("--to", required=True, metavar="DIR", help="a new folder for the pipeline")
     args = p.parse_args(argv)
     try:
         call = export(args.run, args.to)
     except ImportError as e:
-        raise UserError(f'export needs more packages ({first_line(e)}): pip install '
+        raise UserError(f'export needs more packages ({files.first_line(e)}): pip install '
                         '"nano_dmd[sd]"') from e
     print(f"{args.to} is written; sample it with")
     print(f'    DiffusionPipeline.from_pretrained({args.to!r})("a red cube", {call}).images[0]')

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from nano_dmd.denoiser import lerp, trainable_copy
-from nano_dmd.noise import add_noise
+from nano_dmd.noise import add_noise, expand
 
 
 class Generator(nn.Module):
@@ -22,8 +22,7 @@ class Generator(nn.Module):
     net     the teacher's denoiser
     sigmas  noise levels of the steps, descending; the first step starts from sigmas[0] * z
             (80 in DMD2, 2.5 in SiD)
-    unit    the first step starts from sqrt(1 + sigmas[0]^2) z instead, which a variance-preserving
-            network sees as z (Stable Diffusion)
+    unit    the first step starts from net.scale(sigmas[0]) z, so that the network sees z itself
     copy    makes what is trained: trainable_copy, or LoRA (engine/lora.py)
     """
 
@@ -37,8 +36,8 @@ class Generator(nn.Module):
         sigma = z.new_full(z.shape[:1], self.sigmas[i])
         if i > 0:
             return self.net(add_noise(x, sigma, z), sigma, cond)
-        start = (1 + self.sigmas[0] ** 2) ** 0.5 if self.unit else self.sigmas[0]
-        return self.net(start * z, sigma, cond)
+        start = self.net.scale(sigma) if self.unit else sigma
+        return self.net(expand(start, z) * z, sigma, cond)
 
     def forward(self, z, cond=None, step=None, start=None):
         """x (B, *S) of step `step` (default: the last), after the generator's own earlier steps.

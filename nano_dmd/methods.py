@@ -82,7 +82,6 @@ def update(which, nets, opts, batches, cfg, logs, keep_graph=False):
     terms = [(weight, loss) for weight, loss in terms if weight]
     if not terms:
         return
-    opts[which].zero_grad(set_to_none=True)
     for batch in batches:
         x = samples(nets, batch, graph=which == "generator" or keep_graph)
         x = x.detach() if which == "critic" else x                # x = G(z), (B, *S)
@@ -95,6 +94,7 @@ def update(which, nets, opts, batches, cfg, logs, keep_graph=False):
     if cfg.clip:
         nn.utils.clip_grad_norm_(opts[which].param_groups[0]["params"], cfg.clip)
     opts[which].step()
+    opts[which].zero_grad(set_to_none=True)        # at once: a full student's are gigabytes
 
 
 def samples(nets, batch, graph):

@@ -68,19 +68,21 @@ def sd_sigmas(device="cpu"):
 
 def parse_sigma(spec):
     """'karras(low,high)' -> ('karras', low, high), and so on.  raises ValueError."""
-    match = re.fullmatch(r"(lognormal|karras|sd)\(([^,]+),([^,]+)\)", spec.replace(" ", ""))
+    match = re.fullmatch(r"(lognormal|karras|sd|flow)\(([^,]+),([^,]+)\)", spec.replace(" ", ""))
     try:
         name = match[1]
         a, b = float(match[2]), float(match[3])
     except (TypeError, ValueError):
-        raise ValueError("noise must read lognormal(mean,std), karras(low,high) or sd(first,last), "
-                         f"got {spec!r}") from None
+        raise ValueError("noise must read lognormal(mean,std), karras(low,high), sd(first,last) or "
+                         f"flow(low,high), got {spec!r}") from None
     if name == "sd" and not (0 <= a <= b <= 999 and a == int(a) and b == int(b)):
         raise ValueError(f"noise {spec!r} needs whole timesteps, 0 <= first <= last <= 999")
     if name == "lognormal" and not (-20 <= a <= 20 and 0 < b <= 20):
         raise ValueError(f"noise {spec!r} needs -20 <= mean <= 20 and 0 < std <= 20")
     if name == "karras" and not 1e-6 <= a < b <= 1e6:
         raise ValueError(f"noise {spec!r} needs 1e-6 <= low < high <= 1e6")
+    if name == "flow" and not 0 < a < b < 1:
+        raise ValueError(f"noise {spec!r} needs 0 < low < high < 1")
     return name, a, b
 
 
@@ -91,10 +93,17 @@ def draw_sigma(spec, n, device):
     sd(first,last)  timestep uniform from first to last, on sd_sigmas: "20..980" is sd(20,980)
     karras(lo,hi)   sigma^(1/7) uniform between lo and hi: DMD's "uniform timestep 20..980 of 1000"
                     is karras(0.0032,72), SiD's "t_max = 800" is karras(0.002,24.4)
+    flow(lo,hi)     flow matching's time t uniform between lo and hi: sigma = t / (1 - t).
+                    Logit-normal(m, s) t is lognormal(m,s).  A time shift c multiplies sigma by c,
+                    which makes it lognormal(m + ln c,s)
     """
     name, a, b = parse_sigma(spec)
     if name == "lognormal":
         return torch.exp(a + b * torch.randn(n, device=device))
     if name == "sd":
         return sd_sigmas(str(device))[torch.randint(int(a), int(b) + 1, (n,), device=device)]
-    return karras(torch.rand(n, device=device), a, b)
+    u = torch.rand(n, device=device)
+    if name == "flow":
+        t = a + (b - a) * u
+        return t / (1 - t)
+    return karras(u, a, b)

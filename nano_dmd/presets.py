@@ -128,6 +128,46 @@ PRESETS |= {
         w_fake=16_384),
 }
 
+# Stable Diffusion XL at 1024 pixels: DMD2 experiments/sdxl/*.sh, one block of flags each, 64 GPUs.
+# Its GAN asks for --data.  Steps here are generator updates: a fifth of the published iterations.
+XL = dict(
+    SD, teacher="stabilityai/stable-diffusion-xl-base-1.0", method="dmd2", steps=4800, batch=128,
+    guidance=8.0, critic_steps=5, w_gan=5e-3, w_disc=1e-2, lr_generator=5e-7, lr_critic=5e-7)
+PRESETS |= {
+    "sdxl": XL,
+    # sdxl_cond999_8node_lr5e-7 and sdxl_lora_cond999_8node_lr5e-5.  As published, the critic of the
+    # LoRA student is full: --lora_critic 64 makes it fit on one GPU.
+    "sdxl-dmd2-4step": dict(XL, steps=3800, sigmas="t999,t749,t499,t249"),
+    "sdxl-dmd2-lora": dict(
+        XL, steps=3200, sigmas="t999,t749,t499,t249", lora_generator=64, lr_generator=5e-5,
+        lr_critic=5e-5),
+    # One step at timestep 399 (at 999 it leaves blocks of noise): main/train_sd_ode.py on pairs,
+    # then sdxl_cond399 from --init RUN.  Differs: pairs by 26 Heun steps, there 50 of Euler.
+    "sdxl-regression": dict(
+        steps=2000, batch=256, sigmas="t399", lr_generator=1e-5, clip=0, w_gan=0, w_disc=0,
+        pairs=10_000, pair_steps=26, reg_loss="lpips", lpips_decoder="madebyollin/taesdxl"),
+    "sdxl-dmd2": dict(sigmas="t399"),
+}
+
+# SANA 0.6B, a flow teacher, at 512 pixels (Efficient-Large-Model/Sana_600M_1024px_diffusers is the
+# one for 1024).  Steps t = .999, .75, .5, .25: the published 1 would be infinite noise.
+SANA = dict(
+    SD, teacher="Efficient-Large-Model/Sana_600M_512px_diffusers", sigmas="f0.999,f0.75,f0.5,f0.25",
+    guidance=4.5, pair_sigma=200, gan_sigma="flow(0.02,0.98)", warmup=0)
+PRESETS |= {
+    "sana": dict(SANA, method="sid"),
+    # SiD-DiT run_sid_dit.sh, 1.5 M images: logit-normal(ln 2, 1.6) times.  Differs: weights are
+    # 1 / mean |x - d_real| (there an option, 1 - t by default), the critic's see text_to_image.py.
+    "sana-sid": dict(
+        steps=6000, batch=256, fake_guidance=4.5, dm_sigma="lognormal(0.693,1.6)",
+        critic_sigma="lognormal(0.693,1.6)", alpha=1.0, beta1=0.0, weight_decay=0.0, clip=0,
+        lr_generator=5e-6, lr_critic=5e-6, w_sid=819_200, w_fake=8192),
+    # Nobody has published one: FastGen's for FLUX (config_dmd2.py), without its GAN (w_gan .03).
+    "sana-dmd2": dict(
+        steps=1000, batch=128, critic_steps=5, dm_sigma="flow(0.001,0.999)",
+        critic_sigma="flow(0.001,0.999)", lr_generator=1e-5, lr_critic=1e-5),
+}
+
 # CIFAR-10 from a teacher of one's own.  scratch: one H100, 20 to 40 minutes (estimated);
 # small: a CPU, to see every part work.
 CIFAR = dict(sigmas="2.5", dm_sigma="lognormal(-0.8,1.4)", gan_sigma="lognormal(-0.5,1.2)")

@@ -45,9 +45,9 @@ def sample(folder, n, label=None, seed=0, device="cpu", prompt=None):
 @torch.no_grad()
 def sample_text(cfg, teacher, generator, z, prompt=None):
     """(n, 3, H, W) images in [-1, 1] of z (k, n, *S), one by one; latents without a decoder."""
-    from nano_dmd.teachers.text_to_image import Prompts
+    from nano_dmd.teachers.prompts import Prompts
 
-    n, prompts = z.shape[1], find_prompts(cfg, teacher) if prompt is None else None
+    n, prompts = z.shape[1], find_prompts(cfg, teacher, z.device) if prompt is None else None
     prompts = prompts or Prompts(teacher.recipe["source"], [prompt])
     x = []
     for i in tqdm(range(n), "sampling", disable=n < 8):

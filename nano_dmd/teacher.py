@@ -25,6 +25,7 @@ class Teacher(NamedTuple):
     recipe: dict | None = None      # how net was made (teachers/zoo.py)
     sigmas: tuple = (0.002, 80.0)   # noise levels between which Heun samples
     decode: Callable | None = None  # latents (B, *S) -> images (B, 3, H, W) in [-1, 1]
+    calls: int = 35                 # of its usual sampler for one sample: 18 Heun steps
 
 
 def load_teacher(name, device="cpu", **options):
@@ -37,9 +38,10 @@ def load_teacher(name, device="cpu", **options):
     FILE.pkl        weights in EDM's format; nothing in the file is executed
     a folder        of a previous run, of the cache, or of a diffusers pipeline
     OWNER/MODEL     a diffusers pipeline on the hub, google/ddpm-cifar10-32 or Stable Diffusion
-    random:NAME     sd15, cifar10 or imagenet64 with random weights, to measure speed and memory
+    random:NAME     sd15, sdxl, sana, cifar10 ... with random weights, to measure speed and memory
+    flow:NAME       a flow network trained here on a mixture, instead of the exact one
 
-    options  steps, seed, data, compile, show: of a teacher that is trained here (zoo.find)
+    options  revision: of OWNER/MODEL; others are for a teacher that is trained here (zoo.find)
     raises UserError if there is no such teacher.
     """
     from nano_dmd.teachers.zoo import find         # files and downloads: not on the reading path

@@ -71,6 +71,16 @@ def curved_case(n=6):
     return x, torch.linspace(0.2, 1.5, n, dtype=torch.float64), normal(n, 2, seed=2), curved_nets()
 
 
+def flow_network(denoiser):
+    """What a perfect flow network answers at x_t = (1 - t) x0 + t noise: v = E[noise] - E[x0]."""
+    def net(x_t, t, cond):
+        t = expand(t, x_t)
+        x0 = denoiser(x_t / (1 - t), (t / (1 - t)).flatten(), cond)
+        return (x_t - (1 - t) * x0) / t - x0
+
+    return net
+
+
 def small_net(seed=0):
     """A 2D EDM network with random weights (a fresh one answers c_skip x: its last layer starts at zero)."""
     return randomised(EDM(MLP(width=16, depth=2)), 0.3, 100 * seed)

@@ -1,13 +1,18 @@
 """What every test gets: one thread, a cache of its own, tiny runs that skip the final evaluation, and a device to be tried."""
 
 import contextlib
+import sys
 import warnings
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pipelines import PROMPTS
 from nano_dmd import evaluate, methods, train
 from nano_dmd.engine import files, prepare, progress
 from nano_dmd.engine.config import resolve
@@ -52,6 +57,46 @@ def toy_run(tmp_path_factory):
         train.main([*TOY, "--method", "sid", "--steps", "20", "--seed", "3", "--out", str(out),
                     "--log_every", "5", "--sample_every", "10", "--save_every", "10"])
     return out
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory):
+    """A text file of four prompts, with blank lines."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n\n".join(PROMPTS) + "\n")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A folder of four images of noise with captions beside them: read it only."""
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for i, text in enumerate(PROMPTS):
+        Image.fromarray(rng.integers(0, 255, (80, 70, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(text)
+    return str(folder)
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """Two Heun steps for the pictures, no diagrams."""
+    heun = progress.heun
+    monkeypatch.setattr(progress, "heun", lambda *args, **kwargs: heun(*args, **{**kwargs, "steps": 2}))
+    monkeypatch.setattr(train, "have_matplotlib", lambda: False)
+
+
+@pytest.fixture
+def piq(monkeypatch):
+    """The perceptual distance without its 528 MB of weights: mean squares of images in [0, 1]."""
+
+    class LPIPS(torch.nn.Module):
+        def __init__(self, reduction):
+            super().__init__()
+
+        def forward(self, a, b):
+            return (a - b).square().flatten(1).mean(1)
+
+    monkeypatch.setitem(sys.modules, "piq", SimpleNamespace(LPIPS=LPIPS))
 
 
 class OneDevice(TorchDispatchMode):

@@ -11,6 +11,7 @@ own; --case runs one alone and shows what it prints.  Exit code 1 if there was a
 import argparse
 import contextlib
 import gc
+import gzip
 import io
 import json
 import math
@@ -24,6 +25,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
@@ -47,7 +49,10 @@ from nano_dmd.engine import files, pictures, progress, runs
 from nano_dmd.engine.config import Config, read_config, resolve
 from nano_dmd.metrics import images as image_metrics
 from nano_dmd.teacher import load_teacher
-from nano_dmd.teachers import data, text_to_image
+from nano_dmd.teachers import captions as captioning
+from nano_dmd.teachers import data, hub
+from nano_dmd.teachers import latents as encoding
+from nano_dmd.teachers import prompts as prompting
 from tutorials import grade
 
 SENTENCE, EITHER, WORKS = "sentence", "either", "works"
@@ -445,11 +450,11 @@ def classify():
 
 
 def prompted(path):
-    text_to_image.read_prompts("random:tiny", str(path))[torch.tensor([0])]
+    prompting.read_prompts("random:tiny", str(path))[torch.tensor([0])]
 
 
 def latents():
-    found = text_to_image.Latents("random:tiny", str(BASE[0] / "pics"), (4, 8, 8), "cpu")
+    found = encoding.Latents("random:tiny", str(BASE[0] / "pics"), (4, 8, 8), "cpu")
     found.sample(3, torch.Generator())
 
 
@@ -666,7 +671,7 @@ def captions(name, content):
     """The captions in a folder of one image; they have to be texts."""
     put("set/a.png", picture())
     put(f"set/{name}", content)
-    found = text_to_image.captioned("set")[1]
+    found = captioning.captioned("set")[1]
     assert all(isinstance(c, str) for c in found), f"captions {found}"
 
 
@@ -680,10 +685,40 @@ def texts(rng):
             yield f"caption {show(content)}", partial(captions, "a.txt", content), expect
     for name in ["", "\0", "nowhere", LONG, "A/" * 3000, "\udcff", "."]:
         yield f"prompts at {show(name)}", partial(prompted, name), SENTENCE
-        yield f"captions at {show(name)}", partial(text_to_image.captioned, name), SENTENCE
+        yield f"captions at {show(name)}", partial(captioning.captioned, name), SENTENCE
     for expect, rows in [*ROWS.items(), (EITHER, [mutated(ROW, rng) for _ in range(15)])]:
         for row in rows:
             yield f"jsonl {show(row)}", partial(captions, "metadata.jsonl", row), expect
+
+
+def shard(*members):
+    """A .tar of (name, content)."""
+    with tarfile.open(fileobj=(found := io.BytesIO()), mode="w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return found.getvalue()
+
+
+def shards(rng):
+    def read(content):
+        put("set/a.tar", content)
+        images, found = captioning.captioned("set")
+        assert len(images) == len(found) and all(isinstance(c, str) for c in found)
+        [image.read() for image in images]
+
+    good = shard(("a.png", picture()), ("a.txt", b"fog"), ("b/c.png", picture()), ("b/c.json", b'{"text": "x"}'))
+    yield "shard", partial(read, good), WORKS
+    yield "shard, compressed", partial(read, gzip.compress(good)), SENTENCE
+    for member in (("a.txt", b"\xff"), ("a.json", b"{"), ("a.json", b"[]"), ("a.json", b'{"text": 3}'), ("../a.txt", b"x"),
+                   ("a.png.txt", b"x"), ("a", b"x"), ("/etc/passwd", b"x")):
+        yield f"shard {show(member)}", partial(read, shard(("a.png", picture()), member)), SENTENCE
+    for content in (b"", b"x", bytes(10240), good[:100], good[:700], DEEP.encode()):
+        yield f"shard {show(content)}", partial(read, content), SENTENCE
+    for _ in range(20):
+        i = rng.randrange(len(good))
+        yield f"shard, byte {i}", partial(read, good[:i] + rng.randbytes(rng.choice((0, 1, 8))) + good[i + 1 :]), EITHER
 
 
 # 9. The other command lines.
@@ -766,7 +801,7 @@ def commands(rng):
 
 
 KINDS = {"flags": flags, "config": config, "checkpoint": checkpoints, "weights": weights,
-         "cache": cache, "logs": logs, "images": images, "text": texts, "commands": commands}
+         "cache": cache, "logs": logs, "images": images, "text": texts, "shards": shards, "commands": commands}
 
 
 def all_cases(seed, only=None):
@@ -788,8 +823,8 @@ def quick():
     def rows(net, teacher, data, cfg, **more):
         return {"teacher": {"NFE": 35, "seconds": 1.0}, cfg.method: {"NFE": len(net.sigmas)}}
 
-    def moments(model, files, *args):
-        return (np.zeros((8, 8, 8), np.float16) for _ in files)
+    def moments(images, *args):
+        return (np.zeros((8, 8, 8), np.float16) for _ in images)
 
     for where, name, value in [
             (train, "have_matplotlib", lambda: False),
@@ -798,8 +833,10 @@ def quick():
             (evaluate, "measure", lambda *args, **more: {"sw2": 1.0}),
             (progress, "heun", lambda denoiser, z, cond=None, **more: 0.5 * z),
             (progress.Progress, "save_samples", lambda *args, **more: None),
-            (text_to_image.hub, "version", lambda *args: "1"),
-            (text_to_image, "vae_moments", moments), (os, "fsync", lambda file: None)]:
+            (hub, "version", lambda *args: "1"),
+            (hub, "component_config", lambda *args: {"block_out_channels": [8] * 4}),
+            (encoding, "load_vae", lambda model: torch.nn.Identity()),
+            (encoding, "vae_moments", moments), (os, "fsync", lambda file: None)]:
         assert hasattr(where, name), f"{where} has no {name} to skip"
         setattr(where, name, value)
 

@@ -323,6 +323,10 @@ def stand_ins(tmp_path_factory):
         flags[base] = ["--teacher", str(root / base), "--reg_loss", "l2"]
     for base in ("cifar10", "cifar10-uncond", "cifar10-scratch", "cifar10-small"):
         flags[base] = [*flags.get(base, ["--no-compile"]), "--data", str(root / "cifar10")]
+    (root / "prompts.txt").write_text("a red cube\nfog\n")
+    for base, teacher in (("sdxl", "random:tiny"), ("sana", "random:tiny-flow")):
+        flags[base] = ["--teacher", teacher, "--prompts", str(root / "prompts.txt"), "--w_gan", "0", "--w_disc", "0",
+                       "--reg_loss", "l2"]
     return flags
 
 
@@ -343,7 +347,8 @@ def test_every_preset_line_runs(name, tmp_path, monkeypatch, quick, capsys, stan
         argv += ["--w_gan", "0", "--w_disc", "0"]                 # no images of 1000 classes at hand
     sizes = {"--batch": "2", "--teacher_steps": "2", "--pairs": "4"} if large else {
         "--batch": "8", "--teacher_steps": "20", "--pairs": "50"}
-    train.main([*argv, *stand_ins.get(split(name)[0], []), *sum(map(list, sizes.items()), []), "--steps", "1",
+    base = "sdxl" if name.startswith("sdxl") else split(name)[0]
+    train.main([*argv, *stand_ins.get(base, []), *sum(map(list, sizes.items()), []), "--steps", "1",
                 "--pair_steps", "2", "--threads", "1", "--device", "cpu"])
     report = read_json("out/report.json")
     assert cfg.method in report["rows"] and load_checkpoint("out/checkpoint.pt")["step"] == 1

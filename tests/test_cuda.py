@@ -47,6 +47,9 @@ CASES = {
     "diffusers dmd2": dict(preset="digits", method="dmd2", teacher="pixels", data="digits", **GAN),
     "text sid": dict(preset="sd15", method="sid", teacher="random:tiny", guidance=1.5, fake_guidance=1.5),
     "text dmd2, LoRA": dict(preset="sd15", method="dmd2", teacher="random:tiny", lora_generator=4, lora_critic=4),
+    "flow sid": dict(preset="sana", method="sid", teacher="random:tiny-flow", sigmas="f0.9,f0.5"),
+    "flow dmd2, LoRA": dict(preset="sana", method="dmd2", teacher="random:tiny-flow", lora_generator=4, lora_critic=4,
+                            sigmas="f0.9"),
 }
 
 
@@ -69,7 +72,7 @@ def config_of(tmp_path, monkeypatch):
         if settings.get("teacher") == "pixels":
             pixels(tmp_path)
             settings["teacher"] = str(tmp_path)
-        if settings["preset"] == "sd15":
+        if settings["preset"] in ("sd15", "sana"):
             (tmp_path / "prompts.txt").write_text("a red cube\ntwo dogs\n")
             settings |= dict(prompts=str(tmp_path / "prompts.txt"), half_frozen=False, checkpointing=False, critic_steps=1)
             settings |= dict(pairs=2) | changes
@@ -141,7 +144,7 @@ def test_a_step_is_the_cpus(case, config_of):
     assert_close(logs, wanted, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["toy dmd2", "digits sid", "ddpmpp sid", "adm dmd2", "text dmd2, LoRA"])
+@pytest.mark.parametrize("case", ["toy dmd2", "digits sid", "ddpmpp sid", "adm dmd2", "text dmd2, LoRA", "flow dmd2, LoRA"])
 def test_networks_are_the_cpus(case, config_of):
     """Teacher's answer, features and input gradient agree to 1e-4 of their size."""
     cfg, found = config_of(case), []

@@ -21,9 +21,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from closed_forms import (ALPHAS, BITWISE, EXACT, GAUSSIANS, config, curved_case, derivative, gaussian, given, ideal, normal,
-                          quadrature, ratios, rng, small_net, tensor)
-from nano_dmd.denoiser import EDM, edm_loss
+from closed_forms import (ALPHAS, BITWISE, EXACT, GAUSSIANS, config, curved_case, derivative, flow_network, gaussian, given,
+                          ideal, normal, quadrature, ratios, rng, small_net, tensor)
+from nano_dmd.denoiser import EDM, FromFlow, edm_loss
 from nano_dmd.dmd_loss import diff_instruct_loss, dmd_gradient, dmd_loss, regression_loss
 from nano_dmd.engine.build import build
 from nano_dmd.engine.config import resolve
@@ -145,6 +145,19 @@ def test_diff_instruct_loss_gradient():
     diff_instruct_loss(x, nets, given(noise), config(dm_sigma=sigma)).mean().backward()
     xt = x.detach() + sigma[:, None] * noise
     assert_close(x.grad, (nets.fake(xt, sigma) - nets.real(xt, sigma)) / x.numel(), **EXACT)
+
+
+@pytest.mark.parametrize("loss", [dmd_loss, diff_instruct_loss, sid_loss])
+def test_a_flow_teacher_gives_the_same_gradient(loss):
+    """Both scores asked as flow networks behind FromFlow, v = E[noise] - E[x0]: the gradient at x is that of the exact
+    denoisers, SiD's path through both networks included; relative 1e-9 in float64."""
+    gradients = []
+    for wrap in (lambda net: net, lambda net: FromFlow(flow_network(net))):
+        x, sigma, noise, nets = curved_case()
+        nets.real, nets.fake = wrap(nets.real), wrap(nets.fake)
+        loss(x, nets, given(noise), config(dm_sigma=sigma, alpha=1.2)).mean().backward()
+        gradients.append(x.grad)
+    assert_close(*gradients, rtol=1e-9, atol=1e-12)
 
 
 def test_regression_loss_by_hand():
@@ -539,6 +552,12 @@ def snapshot(*modules):
     return [p.detach().clone() for p in parameters], [copy.deepcopy(p.grad) for p in parameters]
 
 
+def at_rest(*modules):
+    """The same, once the gradients are freed: right after an optimiser's step."""
+    weights, gradients = snapshot(*modules)
+    return weights, [None] * len(gradients)
+
+
 def assert_same(before, after):
     """Equal to the bit, and None where it was None."""
     for a, b in zip(before[0] + before[1], after[0] + after[1], strict=True):
@@ -565,7 +584,7 @@ def spy(opt, when_stepped):
 @pytest.mark.parametrize("method", METHODS)
 def test_who_moves(method):
     """Three train steps: critic updates move the critic alone, generator updates the generator alone, and the teacher
-    never moves; to the bit, gradients included."""
+    never moves; to the bit, gradients included.  A network's gradients are freed as soon as its optimiser has used them."""
     nets, opts, draw, cfg = small_run(method)
     critic, teacher = (nets.fake, nets.discriminator), snapshot(nets.real)
     last = {"generator": snapshot(nets.generator), "critic": snapshot(*critic)}
@@ -576,19 +595,20 @@ def test_who_moves(method):
 
     def critic_stepped():
         teacher_is_frozen()
-        assert_same(last["generator"], snapshot(nets.generator))  # weights and gradients of the generator: untouched
-        last["critic"] = snapshot(*critic)
+        assert_same(last["generator"], snapshot(nets.generator))  # the generator's weights untouched, its gradients freed
+        last["critic"] = at_rest(*critic)
 
     def generator_stepped():
         teacher_is_frozen()
         assert_same(last["critic"], snapshot(*critic))            # nothing leaked into the critic's gradients
-        last["generator"] = snapshot(nets.generator)
+        last["generator"] = at_rest(nets.generator)
 
     spy(opts["critic"], critic_stepped)
     spy(opts["generator"], generator_stepped)
     first = dict(last)
     for step in range(3):
         train_step(nets, opts, draw, cfg, step)
+    assert all(p.grad is None for m in (nets.generator, *critic) for p in m.parameters())
     assert moved(first["generator"], snapshot(nets.generator))
     assert moved(first["critic"], snapshot(*critic)) == bool(METHODS[method].critic)
 

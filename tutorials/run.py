@@ -30,9 +30,12 @@ def execute(path, timeout=1200):
 
 
 def shrink(notebook, colours=96):
-    """Pictures as PNGs of few colours: a third of the size, and no difference to be seen in plots."""
+    """Pictures as PNGs of few colours: a third of the size, and no difference to be seen in plots.  Warnings of libraries,
+    which name paths of this machine, are left out."""
     from PIL import Image
 
+    for cell in (c for c in notebook.cells if c.cell_type == "code"):
+        cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
     for output in (o for c in notebook.cells if c.cell_type == "code" for o in c.outputs):
         if "image/png" in output.get("data", {}):
             image = Image.open(io.BytesIO(base64.b64decode(output["data"]["image/png"])))

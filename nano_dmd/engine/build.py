@@ -68,7 +68,7 @@ def head(fake, teacher, cfg, device):
 def perceptual_distance(cfg, teacher, device):
     """distance(x, y) -> (B,): LPIPS of x, y (B, *S), of the decoded images if they are latents."""
     from nano_dmd.teachers.diffusers_unet import lpips
-    from nano_dmd.teachers.text_to_image import differentiable_decoder
+    from nano_dmd.teachers.latents import differentiable_decoder
 
     if teacher.kind != "text":
         return lpips(device)

@@ -37,11 +37,15 @@ class Config:
     control: bool = knob(False, "methods with pairs: also train by regression alone (one process)")
 
     teacher: str = knob("digits", "toy:NAME | digits | edm:NAME | FILE.pkl | hub name | folder")
+    revision: str = knob("", "branch, tag or commit of a teacher on the hub")
     teacher_steps: int = knob(0, "updates when training the teacher; 0 = its recipe's", 0, MANY)
     teacher_seed: int = knob(0, "seed of the teacher's training", 0, 2**63 - 1)
     data: str = knob("", "digits | toy:NAME | cifar10 | folder | EDM's .zip; empty = the teacher's")
     flip: bool = knob(False, "mirror real images at random")
-    prompts: str = knob("", "Stable Diffusion: text file, one prompt to a line")
+    prompts: str = knob("", "text to image: text file, one prompt to a line")
+    encode: str = knob("cache", "prompts: all before the training, or each batch online, its "
+                                "encoder on the device always or for a visit",
+                       choices=("cache", "online", "visit"))
     guidance: float = knob(1.0, "teacher guidance w in u + w (c - u); 1 = off", -100, 100)
     pairs: int = knob(4000, "noise-image pairs for the regression loss", 1, 10**8)
     pair_steps: int = knob(18, "Heun steps per pair; network calls = 2 n - 1", 2, 10**4)
@@ -62,11 +66,11 @@ class Config:
     lpips_decoder: str = knob("madebyollin/taesd", "decodes latents for lpips: a TAESD, or vae")
 
     sigmas: str = knob("2.5", "noise levels of the generator's steps, descending, comma separated; "
-                              "t999 = Stable Diffusion's timestep 999")
-    unit_noise: bool = knob(False, "the first step sees unit noise (Stable Diffusion), not sigma z")
+                              "t999 = Stable Diffusion's timestep 999, f0.75 = flow time .75")
+    unit_noise: bool = knob(False, "the first step sees unit noise (latents), not sigma z")
     backward_simulation: bool = knob(True, "train later steps on G's own output, not on data")
     dm_sigma: str = knob("karras(0.0032,72)", "noise of the dm and sid losses: karras(low,high), "
-                                              "lognormal(mean,std) or sd(first,last)")
+                                              "lognormal(mean,std), sd(first,last), flow(low,high)")
     noisings: int = knob(1, "noisings of each sample in the dm and sid losses", 1, 1000)
     critic_sigma: str = knob("lognormal(-1.2,1.2)", "noise of the denoising loss")
     gan_sigma: str = knob("lognormal(-1.2,1.2)", "noise of the GAN losses")
@@ -108,7 +112,11 @@ class Config:
         table, sigmas = sd_sigmas(), []
         for s in map(str.strip, self.sigmas.split(",")):
             step = re.fullmatch(r"t(\d{1,3})", s, re.ASCII)
-            sigmas.append(table[int(step[1])].item() if step else as_number(s, float))
+            t = as_number(s[1:], float) if s[:1] == "f" else 0
+            if step:
+                sigmas.append(table[int(step[1])].item())
+            else:
+                sigmas.append(t / (1 - t) if 0 < t < 1 else as_number(s, float))
         right = len(sigmas) <= 64 and all(1e-4 <= s <= 1e4 for s in sigmas)
         if not right or sigmas != sorted(set(sigmas), reverse=True):
             raise ValueError("give at most 64 numbers from 1e-4 to 1e4, descending, by commas")

@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import math
+import mmap
 import os
 import re
 import secrets
@@ -12,6 +13,7 @@ import shutil
 import sys
 import time
 import zipfile
+from array import array
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -179,10 +181,15 @@ def append_line(path, obj):
 
 def read_bytes(path):
     """The content of a file.  raises UserError, also for a device or a pipe: it might never end."""
+    check_file(path)
     with blame(f"cannot read {path}"):
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError(errno.EINVAL, "it is not a file")
         return Path(path).read_bytes()
+
+
+def check_file(path):
+    """Raise UserError for a device, a pipe or a folder."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"cannot read {path}: it is not a file")
 
 
 def parse_json(data, what):
@@ -201,21 +208,50 @@ def read_json(path, kind=None):
     return value
 
 
-def read_lines(path):
-    """[(number, stripped line)] of a UTF-8 text file, without blank lines.
+class Lines:
+    """The lines of a UTF-8 text file, stripped, without blank ones: len(), [i], .numbers[i].
 
-    A line ends with LF, CR or both.  U+2028, which some captions contain, does not end a line.
+    The file stays on the disk (a mapping): it may hold millions of prompts.  A line ends with LF,
+    CR or both.  U+2028, which some captions contain, does not end a line.
     """
-    data = read_bytes(path)
-    if b"\0" in data:
-        raise UserError(f"{path} holds zeros and is no UTF-8 text: save the file as UTF-8")
-    try:
-        text = data.decode("utf-8").replace("\ufeff", "")  # Windows' Notepad puts this mark first
-    except UnicodeDecodeError as e:
-        number = data.count(b"\n", 0, e.start) + 1
-        raise UserError(f"{path}, line {number}, is not UTF-8 text: save the file as UTF-8") from e
-    lines = re.split("\r\n|\n|\r", text)
-    return [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
+
+    def __init__(self, path):
+        check_file(path)
+        with blame(f"cannot read {path}"), open(path, "rb") as f:
+            try:
+                self.data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError):          # an empty file; a drive that cannot map
+                self.data = f.read()
+        self.starts, self.ends, self.numbers = (array("q") for _ in range(3))
+        number = 1
+        for part in re.finditer(rb"[^\r\n]+|\r\n|\r|\n", self.data):
+            if part[0][:1] in b"\r\n":
+                number += 1
+            elif self.decoded(part[0], f"{path}, line {number},"):
+                self.starts.append(part.start())
+                self.ends.append(part.end())
+                self.numbers.append(number)
+
+    @staticmethod
+    def decoded(line, where=""):
+        if b"\0" in line:
+            raise UserError(f"{where} holds zeros and is no UTF-8 text: save the file as UTF-8")
+        try:
+            return line.decode("utf-8").replace("\ufeff", "").strip()   # a mark of Windows' Notepad
+        except UnicodeDecodeError as e:
+            raise UserError(f"{where} is not UTF-8 text: save the file as UTF-8") from e
+
+    def __len__(self):
+        return len(self.starts)
+
+    def __getitem__(self, i):
+        return self.decoded(self.data[self.starts[i] : self.ends[i]])
+
+
+def read_lines(path):
+    """[(number, stripped line)] of a UTF-8 text file, without blank lines."""
+    lines = Lines(path)
+    return [(lines.numbers[i], lines[i]) for i in range(len(lines))]
 
 
 def save_tensors(path, tensors, **metadata):

@@ -23,7 +23,8 @@ def find_teacher(cfg, device, resumed=""):
         exact = cfg.teacher.startswith("toy:")
         return teacher._replace(denoiser=load_data(cfg.teacher, device)) if exact else teacher
     options = dict(steps=cfg.teacher_steps, seed=cfg.teacher_seed, compile=cfg.compile)
-    teacher = load_teacher(cfg.teacher, device, data=cfg.data, **options)
+    more = dict(data=cfg.data, revision=cfg.revision)
+    teacher = load_teacher(cfg.teacher, device, **more, **options)
     if teacher.net is None:
         check_guidance(cfg, teacher.classes, zoo.RECIPES["toy"])
         what = cfg.teacher, cfg.teacher, zoo.RECIPES["toy"], device
@@ -46,9 +47,9 @@ def find_data(cfg, teacher, device, data=None):
         raise UserError(f"{cfg.method} with these settings needs real data, and that of "
                         f"{cfg.teacher} is not known: give --data")
     if name and teacher.kind == "text":
-        from nano_dmd.teachers.text_to_image import Latents
+        from nano_dmd.teachers.latents import Latents
 
-        return Latents(teacher.recipe["source"], name, teacher.shape, device)
+        return Latents(teacher.recipe["source"], name, teacher.shape, device, cfg.encode)
     data = data or (load_data(name, device, cfg.flip) if name else None)
     if data and data.classes and not teacher.classes and data.shape == teacher.shape:
         data = data.unlabelled()
@@ -58,20 +59,20 @@ def find_data(cfg, teacher, device, data=None):
     return data
 
 
-def find_prompts(cfg, teacher):
+def find_prompts(cfg, teacher, device):
     """The Prompts to train on, None for a teacher without text.  raises UserError."""
     if teacher.kind != "text":
         return None
-    from nano_dmd.teachers.text_to_image import read_prompts
+    from nano_dmd.teachers.prompts import read_prompts
 
     if cfg.flip:
         raise UserError("--flip: latents of mirrored images are no mirrored latents; leave it out")
     if not cfg.prompts:
         raise UserError(f"{cfg.teacher} listens to text: give --prompts FILE, one prompt to a line")
-    prompts = read_prompts(teacher.recipe["source"], cfg.prompts)
-    shape = teacher.net.net.empty.shape[1:]
-    if prompts.table.shape[1:] != shape:
-        raise UserError(f"the embeddings in the cache are {prompts.table.shape[1:]} each, not "
+    prompts = read_prompts(teacher.recipe["source"], cfg.prompts, cfg.encode, device)
+    shape, found = teacher.net.net.empty.shape[1:], prompts[torch.zeros(1, dtype=torch.long)].shape
+    if found[1:] != shape:
+        raise UserError(f"the embeddings in the cache are {tuple(found[1:])} each, not "
                         f"{tuple(shape)}: python -m nano_dmd.engine.cache --clear text")
     return prompts
 
@@ -125,11 +126,7 @@ def cached_pairs(cfg, teacher, device, prompts=None):
 def teacher_digest(cfg, teacher, prompts):
     """What the teacher's answers depend on: files of a pipeline, numbers of a network."""
     if prompts:
-        from nano_dmd.teachers import text_to_image as text
-
-        source = teacher.recipe["source"]
-        files = source if source in text.RANDOM else text.hub.version(source)
-        return dict(files=files, texts=digest(prompts.texts))
+        return dict(files=teacher.recipe["version"], texts=digest([*prompts.texts]))
     if teacher.denoiser is teacher.net:
         args = digest([teacher.recipe["network"], teacher.recipe["args"]])
         weights = zoo.weights_digest(teacher.net)

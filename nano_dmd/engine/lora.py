@@ -12,9 +12,6 @@ from nano_dmd.denoiser import trainable_copy
 from nano_dmd.engine.files import UserError
 
 ALPHA = 8  # the update is ALPHA / rank * B A, as in DMD2 (rank 64)
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
-           "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv",
-           "time_emb_proj"]                        # DMD2 sd_unified_model.py:44-69
 
 
 def sharing_copy(module):
@@ -26,19 +23,21 @@ def sharing_copy(module):
 def lora_copy(denoiser, rank=0):
     """A copy to train: in full (rank 0), or low-rank updates of that rank, zero at first.
 
-    raises UserError for LoRA on a network that is not diffusers' U-Net, or without peft
+    raises UserError for LoRA on a network that is not told by text, or without peft
     """
     if not rank:
         return trainable_copy(denoiser)
     try:
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
     except ImportError as e:
         raise UserError(f'LoRA needs peft ({e}): pip install "nano_dmd[sd]", or set rank 0') from e
     denoiser.requires_grad_(False)
     twin = sharing_copy(denoiser)
-    if not hasattr(getattr(twin.net, "unet", None), "add_adapter"):
-        raise UserError(f"LoRA is for diffusers' U-Nets, not {type(twin.net).__name__}: set rank 0")
-    twin.net.unet.add_adapter(LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=TARGETS))
+    if not hasattr(twin.net, "kind"):
+        raise UserError("LoRA is for networks that are told by text (teachers/text_networks.py), "
+                        f"not {type(twin.net).__name__}: set rank 0")
+    config = LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=twin.net.kind.lora)
+    inject_adapter_in_model(config, twin.net.network)
     for p in twin.parameters():
         if p.requires_grad:
             p.data = p.data.float()                # whatever precision the frozen weights have

@@ -31,7 +31,7 @@ def prepare(cfg, device, resumed=""):
         if not data.classes and cfg.teacher in RECIPES:
             check_guidance(cfg, 0, {})
     teacher = first_then_others(lambda: find_teacher(cfg, device, resumed))
-    prompts = first_then_others(lambda: find_prompts(cfg, teacher))
+    prompts = first_then_others(lambda: find_prompts(cfg, teacher, device))
     data = first_then_others(lambda: find_data(cfg, teacher, device, data))
     pairs = None
     if "pairs" in needs(cfg):

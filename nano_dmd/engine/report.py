@@ -18,15 +18,17 @@ from nano_dmd.engine import machine
 from nano_dmd.engine.config import resolve
 from nano_dmd.engine.files import (UserError, cache_dir, delete, first_line, note, parse_json,
                                    read_lines, trim_log, write_atomic, write_json)
+from nano_dmd.methods import METHODS
 from nano_dmd.metrics.sets import table
-from nano_dmd.presets import REPORTED
+from nano_dmd.presets import PRESETS, REPORTED
 
 BF16, FP32 = dict(bf16=True, tf32=True), dict(bf16=False, tf32=False)
 HOW = {"bf16": BF16, "bf16 compiled": dict(BF16, compile=True), "fp32": FP32,
        "TF32": dict(FP32, tf32=True)}
-BATCH = {"cifar10": 256, "imagenet64": 40, "sd15": 8}
-REHEARSED = {"cifar10": "random:small", "imagenet64": "random:small", "sd15": "random:tiny"}
-# Stable Diffusion, one image: what is added to a full student and a full fake score.
+BATCH = {"cifar10": 256, "imagenet64": 40, "sd15": 8, "sana": 4, "sdxl": 1}
+TEXT = {"sd15": "random:tiny", "sana": "random:tiny-flow", "sdxl": "random:tiny"}
+REHEARSED = {"cifar10": "random:small", "imagenet64": "random:small"} | TEXT
+# Text to image, one image: what is added to a full student and a full fake score.
 MEMORY = {
     "LoRA fake score, 8-bit Adam, in 24 GB": dict(lora_critic=64, adam8bit=True),
     "nothing": {}, "8-bit Adam": dict(adam8bit=True), "LoRA fake score": dict(lora_critic=64),
@@ -36,7 +38,7 @@ MEMORY = {
 TITLES = {
     "methods": "A step of each method, one critic update",
     "batch": "Other batches",
-    "memory": "Memory of Stable Diffusion 1.5, one image"}
+    "memory": "Memory of text to image, one image"}
 SPEED = ("critic update ms", "G update ms", "whole step ms", "images/s", "peak %", "memory MiB")
 LATENCY = ("bare ms", "student ms", "teacher ms")
 
@@ -46,12 +48,17 @@ def plan(gpu):
     first, second = REPORTED[:2]
     for net in BATCH:
         for method in REPORTED:
+            several = "," in PRESETS[net].get("sigmas", "")
+            if several and "pairs" in METHODS[method].needs:       # of one-step students alone
+                continue
             yield "methods", f"{net} {method}, bf16", net, dict(BF16, method=method)
             if net == "cifar10" and method in (first, second):     # the goals are ratios of these
                 for how in ("bf16 compiled", "fp32")[not gpu :]:   # compiling takes a CPU minutes
                     yield "methods", f"{net} {method}, {how}", net, dict(HOW[how], method=method)
-    for label, options in MEMORY.items():
-        yield "memory", f"{second}, {label}", "sd15", dict(BF16, method=second, batch=1) | options
+    for net in TEXT:
+        for label, options in MEMORY.items():
+            settings = dict(BF16, method=second, batch=1) | options
+            yield "memory", f"{net} {second}, {label}", net, settings
     for n in (64, 512, 1024, 2048, 4096) if gpu else ():
         yield "batch", f"cifar10 {first}, bf16, {n}", "cifar10", dict(BF16, method=first, batch=n)
     for net, how in (("cifar10", "TF32"), ("imagenet64", "fp32"), ("sd15", "fp32"),
@@ -87,8 +94,8 @@ def report(out, minutes, device, data, bench, command):
             batch=BATCH[net], pairs=8, pair_steps=2, reg_loss="l2")
         if device.type == "cpu":
             settings |= dict(teacher=REHEARSED[net], batch=2)
-        if net == "sd15":
-            settings |= dict(prompts=str(prompts), half_frozen=changes["bf16"])
+        if net in TEXT:
+            settings |= dict(prompts=str(prompts), half_frozen=changes["bf16"], w_gan=0, w_disc=0)
         cfg = resolve(settings | changes)
         print(f"{section}: {label}", file=sys.stderr, flush=True)
         limit_memory(device, 24 if "24 GB" in label else 0)

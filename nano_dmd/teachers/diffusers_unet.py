@@ -1,16 +1,12 @@
-"""Pixel models of diffusers as teachers, safe loading of its pipelines; and piq's LPIPS."""
-
-import functools
-import os
-from pathlib import Path
+"""Pixel models of diffusers as teachers, and what its schedulers say; and piq's LPIPS."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from nano_dmd.denoiser import FromEps, FromV
-from nano_dmd.engine.cache import fingerprint
 from nano_dmd.engine.files import UserError, blame, first_line, read_json
+from nano_dmd.teachers import hub
 
 # Schedulers of models that predict eps or v at timesteps of a variance-preserving table.
 SCHEDULERS = (
@@ -19,56 +15,6 @@ SCHEDULERS = (
     "DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep")
 PIPELINES = ("", "DDPMPipeline", "DDIMPipeline", "PNDMPipeline")  # "" = a model without one
 PREDICTS = {"epsilon": FromEps, "v_prediction": FromV}
-
-
-@functools.lru_cache
-def on_the_hub(name):
-    """(name or folder of its copy, commit) of a model on the hub; the hub is asked once.
-
-    raises UserError if the hub does not give it and there is no copy here
-    """
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    try:
-        return name, HfApi().model_info(name, timeout=10).sha
-    except Exception as e:                         # network, name, permission: no common base class
-        for file in ("model_index.json", "config.json"):
-            copy = try_to_load_from_cache(name, file)
-            if isinstance(copy, str):
-                return str(Path(copy).parent), Path(copy).parent.name
-        raise UserError(f"no model {name} in a folder here, and the hub does not give it "
-                        f"({first_line(e)}): check the name, or give a pipeline's folder") from e
-
-
-def source(name):
-    """The arguments of from_pretrained for a folder or a hub name."""
-    if Path(name).is_dir():
-        return dict(pretrained_model_name_or_path=name)
-    place, commit = on_the_hub(name)
-    revision = {"revision": commit} if place == name else {}
-    return dict(pretrained_model_name_or_path=place, **revision)
-
-
-def version(name, *parts):
-    """What changes when (parts of) a model does: a fingerprint of its files, or its commit."""
-    if not Path(name).is_dir():
-        return on_the_hub(name)[1]
-    folders = [os.path.join(name, p) for p in parts if os.path.isdir(os.path.join(name, p))]
-    return fingerprint(*(folders or [name]))
-
-
-def index_of(name):
-    """model_index.json of a pipeline, {} for a model without one."""
-    if Path(name).is_dir():
-        path = Path(name) / "model_index.json"
-        return read_json(path, {"_class_name": str}) if path.is_file() else {}
-    place = source(name)                           # complains before a slow import
-    from diffusers import DiffusionPipeline
-
-    try:
-        return DiffusionPipeline.load_config(**place)
-    except OSError:                                # the hub has the model, this file is not in it
-        return {}
 
 
 class DiffusersUNet(nn.Module):
@@ -82,19 +28,31 @@ class DiffusersUNet(nn.Module):
         return self.unet(x, t, class_labels=cond).sample
 
     def features(self, x, t, cond=None):
-        """The activations (B, C, h, w) of the middle: the first half of UNet2DModel.forward."""
-        unet = self.unet
-        emb = unet.time_embedding(unet.time_proj(t).to(x.dtype))
-        if unet.class_embedding is not None:
-            emb = emb + unet.class_embedding(cond)
-        skip = 2 * x - 1 if unet.config.center_input_sample else x
-        h = unet.conv_in(skip)
-        for block in unet.down_blocks:
-            if hasattr(block, "skip_conv"):        # of NCSN++
-                h, _, skip = block(hidden_states=h, temb=emb, skip_sample=skip)
-            else:
-                h = block(hidden_states=h, temb=emb)[0]
-        return h if unet.mid_block is None else unet.mid_block(h, emb)
+        """The activations (B, C, h, w) of the middle block; the forward ends there."""
+        middle = self.unet.mid_block or self.unet.down_blocks[-1]
+        return outputs_of(middle, lambda: self(x, t, cond))[0]
+
+
+class Reached(Exception):
+    """Ends a forward."""
+
+
+def outputs_of(block, forward):
+    """[what block returns] in the course of forward(), which goes no further."""
+    found = []
+
+    def stop(module, inputs, output):
+        found.extend(output if isinstance(output, tuple) else [output])
+        raise Reached
+
+    handle = block.register_forward_hook(stop)
+    try:
+        forward()
+    except Reached:
+        pass
+    finally:
+        handle.remove()
+    return found
 
 
 def denoiser_from_config(unet, alphas_cumprod, prediction_type):
@@ -112,15 +70,15 @@ def pixel_teacher(name):
     """
     from diffusers import UNet2DModel
 
-    index = index_of(name)
+    index = hub.index_of(name)
     kind = index.get("_class_name", "")
     others = [k for k, v in index.items() if k not in ("unet", "scheduler")
               and isinstance(v, (list, tuple)) and any(v)]
     if kind not in PIPELINES or others:
         what = " with ".join([kind, *others])
         raise UserError(f"{name} is a {what}: teachers here are DDPM, DDIM or PNDM pipelines with "
-                        "a UNet2DModel in pixels, or Stable Diffusion 1 and 2")
-    scheduler, unet = noise_table(name), part(UNet2DModel, name, "unet")
+                        "a UNet2DModel in pixels, Stable Diffusion 1, 2, XL and 3, SANA and PRX")
+    scheduler, unet = noise_table(name), hub.part(UNet2DModel, name, "unet")
     config, side = dict(unet.config), square(unet.config["sample_size"])
     halved = [getattr(b, "downsamplers", None) or getattr(b, "resnet_down", None)
               for b in unet.down_blocks]
@@ -158,17 +116,12 @@ def noise_table(name):
     """
     import diffusers
 
-    config = None
-    with blame(f"cannot load the scheduler of {name}", "it says what the network predicts"):
-        for where in ({"subfolder": "scheduler"}, {}):
-            try:
-                config = config or diffusers.DDPMScheduler.load_config(**source(name), **where)
-            except Exception as e:
-                problem = e
-        if config is None:
-            raise problem
-        if not isinstance(config, dict):
-            raise ValueError("its config is no table")
+    path = hub.file_of(name, "scheduler", "scheduler_config.json")
+    path = path or hub.file_of(name, "scheduler_config.json")
+    if path is None:
+        raise UserError(f"{name} has no scheduler/scheduler_config.json, which says what the "
+                        "network predicts")
+    config = read_json(path, {})
     kind = str(config.get("_class_name", "")).removesuffix("Scheduler")
     odd = [k for k in ("use_flow_sigmas", "rescale_betas_zero_snr") if config.get(k)]
     if config.get("timestep_type", "discrete") != "discrete":
@@ -184,50 +137,6 @@ def noise_table(name):
         if not ((abar > 0) & (abar < 1)).all() or not (abar.diff() < 0).all():
             raise ValueError("its noise does not rise from little to much: no teacher")
     return scheduler
-
-
-def part(kind, name, subfolder, wanted="diffusers pipeline with a UNet2DModel"):
-    """kind.from_pretrained of a pipeline's subfolder, or of a bare model's own folder.
-
-    A network is returned in float32, complete and finite.  If only the variant "fp16" is there, it
-    is read.  raises UserError that asks for a `wanted`
-    """
-    network, problems = issubclass(kind, nn.Module), []
-    for variant in (None, "fp16") if network else (None,):
-        for where in ({"subfolder": subfolder}, {}):
-            more = dict(variant=variant, output_loading_info=True) if network else {}
-            try:
-                declared = None
-                if hasattr(kind, "load_config"):
-                    declared = kind.load_config(**source(name), **where).get("_class_name")
-                if declared not in (None, kind.__name__):
-                    raise UserError(f"the {subfolder} of {name} is a {declared}: give a {wanted}")
-                found = kind.from_pretrained(**source(name), **where, **more)
-            except UserError:
-                raise
-            except Exception as e:                 # hub, network, json, weights
-                problems.append(first_line(e))
-                continue
-            return complete(*found, f"the {subfolder} of {name}") if network else found
-    raise UserError(f"cannot load the {subfolder} of {name}: {problems[0]}; give a {wanted}, on "
-                    "the hub (needs a network the first time) or as a local folder")
-
-
-def complete(model, info, what):
-    """A network just read, in float32.  raises UserError unless all weights came, finite."""
-    absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    ours = type(model).__module__.startswith("diffusers")
-    strange = sorted(map(str, info["unexpected_keys"])) if ours else []
-    if absent or strange:
-        why = ", ".join([f"no {n}" for n in absent[:1]] + [f"an unknown {n}" for n in strange[:1]])
-        if strange and strange[0].startswith(("module.", "_orig_mod.")):
-            why += ", so a wrapped network was saved: save the one inside"
-        kind = type(model).__name__
-        raise UserError(f"{what} is no {kind} as its config describes: it has {why}")
-    for name, p in model.named_parameters():
-        if not p.isfinite().all():
-            raise UserError(f"{what} is damaged: {name} holds a number that is not finite")
-    return model.float()
 
 
 def lpips(device, decode=None):

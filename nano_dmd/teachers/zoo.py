@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 
 from nano_dmd import networks
-from nano_dmd.denoiser import EDM, train_denoiser
+from nano_dmd.denoiser import EDM, FromFlow, train_denoiser
 from nano_dmd.engine import files, machine
 from nano_dmd.engine.cache import cached
-from nano_dmd.engine.files import UserError
-from nano_dmd.teachers import diffusers_unet as hub
+from nano_dmd.teachers import diffusers_unet, hub
 from nano_dmd.teachers import edm_checkpoint as edm
 from nano_dmd.teachers import text_to_image as text
 from nano_dmd.teachers.data import MOST_CLASSES, identity, load_data
@@ -31,6 +30,9 @@ RECIPES = {
     "toy": dict(network="mlp", args=dict(octaves=5), data="", sigma_data=0.5, bf16=True,
                 sigma="lognormal(-1.2,1.4)", steps=4000, batch=1024, lr=2e-3, ema=100,
                 label_dropout=0.0),
+    "flow": dict(network="mlp", args=dict(octaves=5), data="", sigma_data=1.0, bf16=True,
+                 sigma="lognormal(-1.2,1.4)", steps=4000, batch=1024, lr=2e-3, ema=100,
+                 label_dropout=0.0, flow=True),
     "digits": dict(network="unet", args=dict(channels=1, classes=10), data="digits",
                    sigma_data=0.75, bf16=True, sigma="lognormal(-1.2,1.2)", steps=1200,
                    batch=128, lr=3e-3, ema=100, label_dropout=0.0),
@@ -51,11 +53,16 @@ RANDOM = {
         model_type="DhariwalUNet", img_resolution=64, img_channels=3, label_dim=1000)}
 
 
-def find(name, device, steps=0, seed=0, data="", show=True, compile=False):
+def find(name, device, steps=0, seed=0, data="", show=True, compile=False, revision=""):
     """The fields of a Teacher, as a dict.  See teacher.load_teacher.
 
     steps, seed override the recipe of a teacher trained here; compile makes its training faster
     """
+    if revision:                                   # from here on part of its name
+        if "/" not in name or Path(name).exists():
+            raise files.UserError(f"--revision {revision} is for models on the hub, OWNER/MODEL, "
+                                  f"and {name} is none")
+        name = f"{name}@{revision}"
     if name.startswith("toy:"):
         mixture = load_data(name, device)
         return dict(kind="points", denoiser=mixture, shape=mixture.shape, classes=mixture.classes,
@@ -66,7 +73,10 @@ def find(name, device, steps=0, seed=0, data="", show=True, compile=False):
         if before.get("version", "") not in ("", teacher["recipe"]["version"]):
             files.note(f"{source} is not as it was when {name} was made: its files changed")
         return teacher
-    if name in RECIPES and name != "toy":
+    if name.startswith("flow:"):
+        what = "flow", name.replace("flow:", "toy:"), RECIPES["flow"]
+        net, recipe = fit_or_load(*what, device, steps, seed, show, compile)
+    elif name in RECIPES and name not in ("toy", "flow"):
         data = RECIPES[name]["data"] or data or "cifar10"
         net, recipe = fit_or_load(name, data, RECIPES[name], device, steps, seed, show, compile)
     elif name in RANDOM:
@@ -120,8 +130,8 @@ def fitted(recipe, data):
     channels, side, _ = data.shape
     levels = {"unet": 1, "edm": len(SMALL_EDM["channel_mult"]) - 1}[recipe["network"]]
     if side % 2**levels:
-        raise UserError(f"the images of {data.name} have {side} pixels a side: this teacher needs "
-                        f"a multiple of {2**levels}")
+        raise files.UserError(f"the images of {data.name} have {side} pixels a side: this teacher "
+                              f"needs a multiple of {2**levels}")
     sizes = {"unet": dict(channels=channels, classes=data.classes),
              "edm": dict(img_resolution=side, img_channels=channels, label_dim=data.classes)}
     return dict(recipe, args=recipe["args"] | sizes[recipe["network"]])
@@ -131,12 +141,13 @@ def untrained(recipe, device="cpu"):
     """The Denoiser of a recipe, before its weights.  raises what constructors raise."""
     kind, args = recipe["network"], recipe["args"]
     if kind == "diffusers":
-        return hub.denoiser_from_config(**args)
+        return diffusers_unet.denoiser_from_config(**args)
     if kind == "edm":
         net = edm_network(**args)
     else:
         net = {"mlp": networks.MLP, "unet": networks.UNet}[kind](**args)
-    return EDM(net, recipe["sigma_data"], recipe["bf16"] and machine.fast_bf16(device))
+    bf16 = recipe["bf16"] and machine.fast_bf16(device)
+    return FromFlow(net, bf16) if recipe.get("flow") else EDM(net, recipe["sigma_data"], bf16)
 
 
 def kept(name, made_of, make):
@@ -169,8 +180,8 @@ def read_teacher(folder, device):
             raise ValueError(problem)
         net = untrained(recipe, device).to(device)
     except Exception as e:                         # whatever the constructors of networks raise
-        raise UserError(f"{folder}/teacher.json does not describe a teacher "
-                        f"({type(e).__name__}: {e})") from e
+        raise files.UserError(f"{folder}/teacher.json does not describe a teacher "
+                              f"({type(e).__name__}: {e})") from e
     files.load_weights(net, files.load_tensors(path), path)
     return net.requires_grad_(False).eval(), recipe
 
@@ -220,7 +231,7 @@ def text_pipeline_of(name):
     if name in text.RANDOM:
         return name
     known = hub.index_of(name).get("_class_name", "") if is_pipeline(name) else ""
-    return name if known.startswith("StableDiffusion") else ""
+    return name if known in text.PIPELINES or known.startswith("StableDiffusion") else ""
 
 
 def folder_of(name):
@@ -231,16 +242,19 @@ def folder_of(name):
     if name.startswith("edm:") or path.suffix == ".pkl":
         file = edm.fetch_edm(name) if name.startswith("edm:") else path
         if not file.is_file():
-            raise UserError(f"no file {name}: give an EDM .pkl, or a name like edm:cifar10-cond")
+            raise files.UserError(f"no file {name}: give an EDM .pkl, or a name like "
+                                  "edm:cifar10-cond")
         data = "cifar10" if "cifar10" in file.name else ""  # other data have no metrics here
         key = [edm.sha256(file), data]
         return kept("edm", key, lambda folder: save_teacher(folder, *edm.edm_teacher(file, data)))
     if is_pipeline(name):
         key = [name, hub.version(name)]
-        return kept("diffusers", key, lambda folder: save_teacher(folder, *hub.pixel_teacher(name)))
-    ours = ", ".join(r for r in RECIPES if r != "toy")
-    raise UserError(f"no teacher {name!r:.200}: use toy:NAME, {ours}, edm:NAME, a .pkl of EDM's, "
-                    "the folder of a run, or a diffusers pipeline (UNet2DModel, Stable Diffusion)")
+        make = diffusers_unet.pixel_teacher
+        return kept("diffusers", key, lambda folder: save_teacher(folder, *make(name)))
+    ours = ", ".join(r for r in RECIPES if r not in ("toy", "flow"))
+    raise files.UserError(f"no teacher {name!r:.200}: use toy:NAME, flow:NAME, {ours}, edm:NAME, "
+                          "a .pkl of EDM's, the folder of a run, or a diffusers pipeline "
+                          "(UNet2DModel, Stable Diffusion, SANA, PRX)")
 
 
 def is_pipeline(name):
@@ -250,4 +264,4 @@ def is_pipeline(name):
     if Path(name).is_dir():
         paths = [Path(name) / f for f in ("model_index.json", "config.json")]
         return any(p.is_file() and b"_class_name" in files.read_bytes(p) for p in paths)
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII))
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", name, re.ASCII))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -10,7 +11,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from nano_dmd import train
-from nano_dmd.teachers import diffusers_unet
+from nano_dmd.teachers import hub
 from nano_dmd.engine.files import UserError
 from nano_dmd.engine.runs import load_run
 from nano_dmd.teachers.diffusers_unet import DiffusersUNet
@@ -160,14 +161,14 @@ def test_schedules_that_do_not_fit_are_refused(settings, tmp_path):
 def test_a_model_without_its_scheduler_is_refused(tmp_path):
     pipeline(tmp_path)
     shutil.rmtree(tmp_path / "scheduler")
-    assert "cannot load the scheduler" in said_of(tmp_path)
+    assert "has no scheduler/scheduler_config.json" in said_of(tmp_path)
 
 
 @pytest.mark.parametrize("changes, said", [
     (dict(_class_name="LDMPipeline", vqvae=["diffusers", "VQModel"]), "is a LDMPipeline with vqvae"),
     (dict(_class_name="KarrasVePipeline"), "KarrasVe"), (dict(vae=["diffusers", "AutoencoderKL"]), "DDPMPipeline with vae"),
-    (dict(_class_name="ConsistencyModelPipeline"), "Consistency"), (dict(_class_name="StableDiffusion3Pipeline"),
-    "versions 1 and 2")])
+    (dict(_class_name="ConsistencyModelPipeline"), "Consistency"),
+    (dict(_class_name="StableDiffusionInpaintPipeline"), "is a StableDiffusionInpaintPipeline: supported are Stable")])
 def test_the_class_of_the_pipeline_decides(changes, said, tmp_path):
     """Latent, variance-exploding and consistency pipelines hold a UNet2DModel too."""
     pipeline(tmp_path)
@@ -249,28 +250,28 @@ def test_the_hub_is_asked_once_and_its_copy_is_used(tmp_path, monkeypatch):
     (tmp_path / "owner").mkdir()
     asked, unet = [], pipeline(tmp_path / "models--owner--model" / "snapshots" / "abc")
 
-    def offline(self, name, timeout):
+    def offline(self, name, revision, timeout):
         asked.append(name)
         raise ConnectionError("no network")
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", offline)
-    diffusers_unet.on_the_hub.cache_clear()
-    with pytest.raises(UserError, match="no model owner/model in a folder here, and the hub .*no network"):
+    hub.on_the_hub.cache_clear()
+    with pytest.raises(UserError, match="no model owner/model in a folder here or in .*, and the hub .*no network.*folder"):
         load_teacher("owner/model")
     assert asked == ["owner/model"]
     copy = str(tmp_path / "models--owner--model" / "snapshots" / "abc" / "model_index.json")
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: copy)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file, revision: copy)
     teacher = load_teacher("owner/model")
     torch.testing.assert_close(teacher.net.net.unet.conv_in.weight, unet.conv_in.weight)
-    assert diffusers_unet.version("owner/model") == "abc"
-    diffusers_unet.on_the_hub.cache_clear()
+    assert hub.version("owner/model") == "abc"
+    hub.on_the_hub.cache_clear()
 
 
 def test_files_that_are_no_tables(tmp_path):
     pipeline(tmp_path / "a")
     pipeline(tmp_path / "b")
     (tmp_path / "a" / "scheduler" / "scheduler_config.json").write_text("[]")
-    assert "cannot load the scheduler" in said_of(tmp_path / "a")
+    assert "scheduler_config.json, it is damaged" in said_of(tmp_path / "a")
     index = json.loads((tmp_path / "b" / "model_index.json").read_text())
     (tmp_path / "b" / "model_index.json").write_text(json.dumps(index | {"_class_name": ["DDPMPipeline"]}))
     assert "_class_name is a list" in said_of(tmp_path / "b")
@@ -279,3 +280,72 @@ def test_files_that_are_no_tables(tmp_path):
     config = json.loads((tmp_path / "b" / "unet" / "config.json").read_text())
     (tmp_path / "b" / "unet" / "config.json").write_text(json.dumps(config | {"_class_name": "UNet1DModel"}))
     assert "the unet of" in (said := said_of(tmp_path / "b")) and "is a UNet1DModel" in said
+
+
+class Refusal(OSError):
+    """What the hub's client raises: an error with the answer it got."""
+
+    def __init__(self, status):
+        super().__init__(f"{status} Client Error")
+        self.response = SimpleNamespace(status_code=status)
+
+
+@pytest.mark.parametrize("error, said", [
+    (Refusal(401), "401 Client Error.*if it is gated, accept its terms at huggingface.co/owner/gated and log in by .*HF_TOKEN"),
+    (Refusal(403), "accept its terms"), (Refusal(404), "check the name and --revision"),
+    (TimeoutError("timed out"), "timed out.*without a network give --teacher the pipeline's folder")])
+def test_what_the_hub_refuses(error, said, monkeypatch, tmp_path):
+    """The sentence fits the reason; the revision is asked for, and is part of the name."""
+    asked = []
+
+    def answer(self, name, revision, timeout):
+        asked.append((name, revision))
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", answer)
+    hub.on_the_hub.cache_clear()
+    with pytest.raises(UserError, match=said):
+        load_teacher("owner/gated", revision="v2")
+    assert asked == [("owner/gated", "v2")]
+
+
+def test_offline_means_that_nobody_is_asked(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: pytest.fail("asked"))
+    hub.on_the_hub.cache_clear()
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        load_teacher("owner/model")
+
+
+def test_a_revision_is_of_a_model_on_the_hub(tmp_path):
+    for name in ("digits", "toy:ring8", str(tmp_path)):
+        with pytest.raises(UserError, match="--revision v2 is for models on the hub"):
+            load_teacher(name, revision="v2")
+
+
+def test_parts_come_from_the_commit_that_was_asked_for(monkeypatch, tmp_path):
+    """Files of OWNER/MODEL@REVISION are those of its commit; a gated model whose files are refused is a sentence, not a model
+    without a pipeline."""
+    seen, folder = [], tmp_path / "copy"
+    folder.mkdir()
+    (folder / "model_index.json").write_text('{"_class_name": "SanaPipeline"}')
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda self, name, revision, timeout: SimpleNamespace(sha="abc"))
+
+    def download(name, path, revision):
+        seen.append((name, path, revision))
+        return folder / path
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    hub.on_the_hub.cache_clear()
+    assert hub.index_of("owner/model@v2") == {"_class_name": "SanaPipeline"}
+    assert seen == [("owner/model", "model_index.json", "abc")] and hub.version("owner/model@v2") == "abc"
+    assert hub.locations("owner/model@v2", "unet")[0] == dict(
+        pretrained_model_name_or_path="owner/model", revision="abc", subfolder="unet")
+
+    def refuse(*args, **kwargs):
+        raise Refusal(403)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    with pytest.raises(UserError, match="the hub does not give owner/model@v2 .403.*accept its terms"):
+        hub.index_of("owner/model@v2")
+    hub.on_the_hub.cache_clear()
