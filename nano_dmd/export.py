@@ -5,10 +5,11 @@
     DiffusionPipeline.from_pretrained(DIR)("a red cube", num_inference_steps=1, guidance_scale=0)
 
 U-Net students that start from unit noise (DMD, DMD2) get an LCMScheduler, whose steps are ours:
-predict x0, noise it again. SiD's student starts from sigma z at timestep 625. That is one Euler
-step on the first 626 timesteps of the schedule. Flow students get a FlowMatchLCMScheduler without
-shift. It cannot store its times, so they stand in the call, which the model card shows.
-LoRA updates are merged into the weights; pytorch_lora_weights.safetensors holds them alone.
+predict x0, noise it again. SiD's student starts from sigma z at timestep 625. It gets an Euler
+scheduler that knows only the first 626 timesteps and makes one step. Flow students get a
+FlowMatchLCMScheduler without shift. It cannot store its times, so they stand in the call, which the
+model card shows. LoRA updates are merged into the weights; pytorch_lora_weights.safetensors holds
+them alone.
 """
 
 import shutil
@@ -48,7 +49,6 @@ image = DiffusionPipeline.from_pretrained("{folder}")("a red cube", {call}).imag
 
 The licence and the terms of use of the base model apply to these weights too.
 """
-FLOW_START = "flow students are exported if they start from unit noise: train with --unit_noise"
 
 
 def timesteps(cfg):
@@ -70,11 +70,14 @@ def scheduler(cfg, kind, config, side):
     config  of the teacher's DDPMScheduler; a flow model needs none
     side    pixels of an image
     """
-    from diffusers import EulerDiscreteScheduler, FlowMatchLCMScheduler, LCMScheduler
+    from diffusers import EulerDiscreteScheduler, LCMScheduler
 
     if kind.call:
+        from diffusers import FlowMatchLCMScheduler
+
         if not cfg.unit_noise:
-            raise UserError(FLOW_START)
+            raise UserError("flow students are exported if they start from unit noise: train with "
+                            "--unit_noise")
         times = [round(s / (1 + s), 6) for s in cfg.sigma_list()]
         call = kind.call.format(times=times, timesteps=[1000 * t for t in times], side=side)
         return FlowMatchLCMScheduler(shift=1.0), call
@@ -130,23 +133,25 @@ def export(run, to):
     if Path(to).exists():
         raise UserError(f"{to} exists already: give --to a folder that does not")
     source, net = teacher.recipe["source"], generator.net.net
-    vae, config = load_vae(source), None
+    lora = lora_weights(net.network, net.kind.part) if cfg.lora_generator else {}
+    if lora:
+        merge_lora(net.network)
+    vae, text = load_vae(source), text_parts(source)
+    config = None
     if not net.kind.call:
         config = dict(DDPMScheduler.from_config(noise_table(source).config).config)
     steps, call = scheduler(cfg, net.kind, config, teacher.shape[1] * pixels(vae.config))
+    with files.blame(f"cannot read {source}", "is it a complete pipeline, in .safetensors?"):
+        pipeline = DiffusionPipeline.from_pretrained(
+            **hub.source(source), **{net.kind.part: net.network}, scheduler=steps, vae=vae,
+            use_safetensors=True, **text)
     parent = Path(to).absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent, prefix=".export-", suffix=".tmp") as tmp:
             new = Path(tmp) / "new"
-            if cfg.lora_generator:
-                files.save_tensors(new / "pytorch_lora_weights.safetensors",
-                             lora_weights(net.network, net.kind.part))
-                merge_lora(net.network)
-            text = text_parts(source)
-            pipeline = DiffusionPipeline.from_pretrained(
-                **hub.source(source), **{net.kind.part: net.network}, scheduler=steps, vae=vae,
-                use_safetensors=True, **text)
+            if lora:
+                files.save_tensors(new / "pytorch_lora_weights.safetensors", lora)
             pipeline.save_pretrained(new)
             restore_text_parts(new, source, text)
             (new / "README.md").write_text(card(cfg, source, Path(to).name, call), encoding="utf-8")
@@ -171,10 +176,10 @@ def restore_text_parts(new, source, text):
 def card(cfg, source, folder, call):
     """The model card of a student."""
     lora = f", LoRA of rank {cfg.lora_generator}" if cfg.lora_generator else ""
-    return CARD.format(base=source, steps=len(cfg.sigma_list()), method=cfg.method,
-                       preset=cfg.preset, updates=cfg.steps, batch=cfg.batch,
-                       critics=cfg.critic_steps,
-                       guidance=cfg.guidance, lora=lora, folder=folder, call=call)
+    return CARD.format(
+        base=source.partition("@")[0], steps=len(cfg.sigma_list()), method=cfg.method,
+        preset=cfg.preset, updates=cfg.steps, batch=cfg.batch, critics=cfg.critic_steps,
+        guidance=cfg.guidance, lora=lora, folder=folder, call=call)
 
 
 def main(argv=None):

@@ -49,10 +49,10 @@ def load_teacher(name, device="cpu", **options):
     return Teacher(**find(name, device, **options))
 
 
-def make_pairs(denoiser, z, cond=None, batch=500, show=True, **heun_args):
-    """DMD's regression targets: x (N, *S), the teacher's answer to each unit noise z (N, *S)."""
+def make_pairs(denoiser, z, cond=None, batch=500, show=True, embed=lambda cond: cond, **heun_args):
+    """DMD's regression targets: x (N, *S), answers to unit noise z (N, *S) and embed(cond)."""
     answers = []
     for i in tqdm(range(0, len(z), batch), desc="pairs", disable=not show):
-        some = None if cond is None else cond[i : i + batch]
+        some = None if cond is None else embed(cond[i : i + batch])
         answers.append(heun(denoiser, z[i : i + batch], some, **heun_args))
     return torch.cat(answers)

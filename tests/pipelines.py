@@ -140,6 +140,6 @@ def pipeline(kind, folder):
     if hasattr(made, "as_published"):              # diffusers issue 13142: it saves PRX's encoder so that nothing loads it
         made.as_published.save_pretrained(folder / kind / "text_encoder")
         index = json.loads((folder / kind / "model_index.json").read_text())
-        index["text_encoder"][0] = "transformers"
+        index["text_encoder"][0] = "prx"                              # as diffusers' converter writes it
         (folder / kind / "model_index.json").write_text(json.dumps(index))
     return str(folder / kind)

@@ -180,7 +180,7 @@ def test_options_change_nothing(case, change, limit, config_of):
 
 
 @on_a_gpu
-@pytest.mark.parametrize("case", ["digits sid", "digits dmd2", "ddpmpp dmd2"])
+@pytest.mark.parametrize("case", ["digits sid", "digits dmd2", "ddpmpp dmd2", "diffusers dmd2"])
 def test_compiled_is_eager(case, config_of):
     """To 1e-3 of the length of the move."""
     assert error(*(step_on(DEVICE, config_of(case, compile=on))[0] for on in (True, False))) < 1e-3

@@ -13,10 +13,14 @@ import torch
 from PIL import Image
 
 import toy.__main__ as toy
+from conftest import TOY
 from nano_dmd import compare, evaluate, train
+from nano_dmd.denoiser import FromFlow
+from nano_dmd.engine.runs import load_run
 from nano_dmd.metrics import points
 from nano_dmd.engine.files import UserError, command, load_tensors
 from nano_dmd.dmd_loss import dmd_gradient
+from nano_dmd.teacher import load_teacher
 from toy import plots
 from toy.mixtures import MIXTURES, Mixture
 
@@ -224,3 +228,16 @@ def test_unwritable_picture_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         plots.save_movie(tmp_path / "file" / "x.gif", [Image.new("RGB", (8, 8))] * 2)
+
+
+def test_a_flow_teacher_of_a_mixture(tmp_path, quick):
+    """flow:ring8 is a flow network trained here: teacher, student and fake score are one, read again from the run's folder."""
+    train.main([*TOY, "--teacher", "flow:ring8", "--method", "sid", "--steps", "2", "--out", str(tmp_path / "run")])
+    _, teacher, generator = load_run(tmp_path / "run")
+    assert type(teacher.denoiser) is type(generator.net) is FromFlow
+    assert (teacher.data, teacher.sigma_data, teacher.kind) == ("toy:ring8", 1.0, "points")
+    trained = load_teacher("flow:ring8", steps=50)
+    x, sigma = torch.randn(3, 2), torch.tensor([0.1, 1.0, 20.0])
+    assert torch.equal(trained.denoiser(x, sigma), teacher.denoiser(x, sigma))
+    with pytest.raises(UserError, match="no mixture 'toy:nothing'"):
+        load_teacher("flow:nothing")

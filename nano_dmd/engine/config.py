@@ -36,7 +36,8 @@ class Config:
     init: str = knob("", "run folder to start generator and fake score from: DMD2's second stage")
     control: bool = knob(False, "methods with pairs: also train by regression alone (one process)")
 
-    teacher: str = knob("digits", "toy:NAME | digits | edm:NAME | FILE.pkl | hub name | folder")
+    teacher: str = knob("digits", "toy:NAME | flow:NAME | digits | edm:NAME | FILE.pkl | hub name "
+                                  "| folder")
     revision: str = knob("", "branch, tag or commit of a teacher on the hub")
     teacher_steps: int = knob(0, "updates when training the teacher; 0 = its recipe's", 0, MANY)
     teacher_seed: int = knob(0, "seed of the teacher's training", 0, 2**63 - 1)

@@ -5,7 +5,6 @@ import functools
 import io
 import json
 import math
-import mmap
 import os
 import re
 import secrets
@@ -211,41 +210,50 @@ def read_json(path, kind=None):
 class Lines:
     """The lines of a UTF-8 text file, stripped, without blank ones: len(), [i], .numbers[i].
 
-    The file stays on the disk (a mapping): it may hold millions of prompts.  A line ends with LF,
-    CR or both.  U+2028, which some captions contain, does not end a line.
+    The texts stay on the disk: there may be millions of prompts.  A line ends with LF, CR or both.
+    U+2028, which some captions contain, does not end a line.
     """
 
     def __init__(self, path):
         check_file(path)
-        with blame(f"cannot read {path}"), open(path, "rb") as f:
-            try:
-                self.data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError):          # an empty file; a drive that cannot map
-                self.data = f.read()
-        self.starts, self.ends, self.numbers = (array("q") for _ in range(3))
-        number = 1
-        for part in re.finditer(rb"[^\r\n]+|\r\n|\r|\n", self.data):
-            if part[0][:1] in b"\r\n":
-                number += 1
-            elif self.decoded(part[0], f"{path}, line {number},"):
-                self.starts.append(part.start())
-                self.ends.append(part.end())
-                self.numbers.append(number)
+        with blame(f"cannot read {path}"):
+            self.path, self.file = path, open(path, "rb")
+        self.unchanged = self.stamp()
+        self.starts, self.ends = array("q"), array("q")
+        self.numbers = array("q")
+        number, start = 1, 0
+        for line in self.file:
+            for part in re.finditer(rb"[^\r\n]+|\r\n|\r|\n", line):
+                if part[0][:1] in b"\r\n":
+                    number += 1
+                elif text_of(part[0], f"{path}, line {number},"):
+                    self.starts.append(start + part.start())
+                    self.ends.append(start + part.end())
+                    self.numbers.append(number)
+            start += len(line)
 
-    @staticmethod
-    def decoded(line, where=""):
-        if b"\0" in line:
-            raise UserError(f"{where} holds zeros and is no UTF-8 text: save the file as UTF-8")
-        try:
-            return line.decode("utf-8").replace("\ufeff", "").strip()   # a mark of Windows' Notepad
-        except UnicodeDecodeError as e:
-            raise UserError(f"{where} is not UTF-8 text: save the file as UTF-8") from e
+    def stamp(self):
+        found = os.fstat(self.file.fileno())
+        return found.st_size, found.st_mtime_ns
 
     def __len__(self):
         return len(self.starts)
 
     def __getitem__(self, i):
-        return self.decoded(self.data[self.starts[i] : self.ends[i]])
+        if self.stamp() != self.unchanged:         # another line would be read without a word
+            raise UserError(f"{self.path} was changed while it was in use: go on by --resume")
+        self.file.seek(self.starts[i])
+        return text_of(self.file.read(self.ends[i] - self.starts[i]), self.path)
+
+
+def text_of(line, where):
+    """The text of some bytes, stripped.  raises UserError."""
+    if b"\0" in line:
+        raise UserError(f"{where} holds zeros and is no UTF-8 text: save the file as UTF-8")
+    try:
+        return line.decode("utf-8").replace("\ufeff", "").strip()       # a mark of Windows' Notepad
+    except UnicodeDecodeError as e:
+        raise UserError(f"{where} is not UTF-8 text: save the file as UTF-8") from e
 
 
 def read_lines(path):

@@ -110,7 +110,8 @@ def cached_pairs(cfg, teacher, device, prompts=None):
         z = torch.randn(cfg.pairs, *teacher.shape, generator=rng).to(device)
         cond = torch.randint(kinds, (cfg.pairs,), generator=rng).to(device) if kinds else None
         batch = {"points": 10_000, "images": 500, "text": 8}[teacher.kind]
-        x = make_pairs(guided_by(teacher, cfg, prompts), z, cond, batch, steps=cfg.pair_steps,
+        embed = (lambda index: prompts[index].to(device)) if prompts else (lambda labels: labels)
+        x = make_pairs(guided_by(teacher, cfg), z, cond, batch, embed=embed, steps=cfg.pair_steps,
                        sigma_min=low, sigma_max=cfg.pair_sigma)
         files.save_tensors(path, {"z": z, "x": x} | ({"cond": cond} if kinds else {}))
 
@@ -135,9 +136,6 @@ def teacher_digest(cfg, teacher, prompts):
     return dict(mixture=[v.tolist() for v in (mixture.means, mixture.std, mixture.weights)])
 
 
-def guided_by(teacher, cfg, prompts=None):
-    """The guided teacher as a Denoiser; with prompts, its cond is their numbers (B,)."""
-    real = teacher.denoiser if cfg.guidance == 1 else RealScore(teacher.denoiser, cfg.guidance)
-    if not prompts:
-        return real
-    return lambda x, sigma, cond: real(x, sigma, prompts[cond].to(x.device))
+def guided_by(teacher, cfg):
+    """The guided teacher as a Denoiser."""
+    return teacher.denoiser if cfg.guidance == 1 else RealScore(teacher.denoiser, cfg.guidance)

@@ -29,15 +29,13 @@ class Progress:
         self.columns, self.decode = 4 if prompts else 8, teacher.decode
         n = {"points": 20_000, "images": (classes or 8) * 8, "text": 4}[teacher.kind]
         self.z = torch.randn(len(cfg.sigma_list()), n, *teacher.shape, generator=rng).to(device)
-        self.cond = index = None
-        levels = {}
+        self.cond, levels = None, {}
         if classes:
-            self.cond = index = torch.arange(classes, device=device).repeat_interleave(8)
+            self.cond = torch.arange(classes, device=device).repeat_interleave(8)
         if prompts:                                # the first four, one sample each
-            index = torch.arange(n, device=device) % len(prompts)
-            self.cond = prompts[index].to(device)
+            self.cond = prompts[torch.arange(n) % len(prompts)].to(device)
             levels = dict(sigma_min=teacher.sigmas[0], sigma_max=teacher.sigmas[1])
-        self.teacher = heun(guided_by(teacher, cfg, prompts), self.z[0], index, **levels)
+        self.teacher = heun(guided_by(teacher, cfg), self.z[0], self.cond, **levels)
         spread = self.teacher.std(0).mean()
         self.reference = to_floats(dict(x_std=self.teacher.std(), spread=spread))
         self.send = tracker(cfg, out, step) if self.writes else None

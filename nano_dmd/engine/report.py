@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 
-from nano_dmd.engine import machine
+from nano_dmd.engine import files, machine
 from nano_dmd.engine.config import resolve
-from nano_dmd.engine.files import (UserError, cache_dir, delete, first_line, note, parse_json,
-                                   read_lines, trim_log, write_atomic, write_json)
+from nano_dmd.engine.files import UserError
 from nano_dmd.methods import METHODS
 from nano_dmd.metrics.sets import table
 from nano_dmd.presets import PRESETS, REPORTED
@@ -74,7 +73,7 @@ def report(out, minutes, device, data, bench, command):
     """
     start, out = time.perf_counter(), Path(out)
     prompts = out / "prompts.txt"
-    write_atomic(prompts, "".join(f"picture {i}\n" for i in range(64)).encode())
+    files.write_atomic(prompts, "".join(f"picture {i}\n" for i in range(64)).encode())
     found = dict(command=command, date=time.strftime("%Y-%m-%d"), parts=[])
     found["machine"] = what_it_is(device)
 
@@ -82,8 +81,8 @@ def report(out, minutes, device, data, bench, command):
         """Write what is known; returns the seconds that are left."""
         spent = time.perf_counter() - start
         found["minutes"] = round(spent / 60, 1)
-        write_json(out / "report.json", found)
-        write_atomic(out / "report.md", as_markdown(found).encode())
+        files.write_json(out / "report.json", found)
+        files.write_atomic(out / "report.md", as_markdown(found).encode())
         return 60 * minutes - spent
 
     for section, label, net, changes in plan(device.type == "cuda"):
@@ -126,7 +125,7 @@ def attempt(bench, cfg, limit):
     try:
         found = bench(cfg, repeats=10, limit=limit)
     except (UserError, RuntimeError) as e:         # torch's "out of memory" is a RuntimeError
-        found = {"failed": first_line(e)}
+        found = {"failed": files.first_line(e)}
     gc.collect()
     if cfg.compile:
         torch._dynamo.reset()
@@ -143,7 +142,7 @@ def limit_memory(device, gib):
 
 def training(out, seconds, device, data):
     """{command, rows} of a real distillation, stopped when the time is over; rows by its log."""
-    images = data or "cifar10" * (cache_dir() / "cifar10").is_dir()
+    images = data or "cifar10" * (files.cache_dir() / "cifar10").is_dir()
     what = {"preset": "digits"}
     if images:
         what = dict(preset="cifar10-scratch", data=images, teacher_steps=2000, steps=2000)
@@ -151,17 +150,17 @@ def training(out, seconds, device, data):
     flags = [word for k, v in what.items() for word in (f"--{k}", str(v))]
     if device.type == "cpu":
         flags += ["--no-compile"]
-    delete(out)                                    # an earlier report's
+    files.delete(out)                                    # an earlier report's
     try:
         subprocess.run([sys.executable, "-m", "nano_dmd.train", *flags], timeout=max(seconds, 60),
                        capture_output=True)
     except subprocess.TimeoutExpired:
-        note("the training was stopped: its time was over")
+        files.note("the training was stopped: its time was over")
     log, rows = out / "log.jsonl", {}
     batch = resolve({k: what[k] for k in ("preset", "method")}).batch
-    trim_log(log, 10**9)                           # without a line that was cut short
-    for _, line in read_lines(log):
-        entry = parse_json(line, log)
+    files.trim_log(log, 10**9)                           # without a line that was cut short
+    for _, line in files.read_lines(log):
+        entry = files.parse_json(line, log)
         if entry.get("metrics"):
             step, seconds = entry["step"], entry["seconds"][1]
             speed = {"minutes": seconds / 60, "images/s": step * batch / seconds}

@@ -8,7 +8,8 @@ import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
-from nano_dmd.engine.files import UserError, blame, note, parse_json, read_bytes, read_lines
+from nano_dmd.engine.files import (UserError, blame, note, parse_json, read_bytes, read_lines,
+                                   text_of)
 from nano_dmd.engine.schema import mismatch
 from nano_dmd.teachers import data
 
@@ -24,14 +25,14 @@ class Place(NamedTuple):
 
     def read(self):
         """Its bytes."""
-        if not self.size:
+        if not self.start:
             return read_bytes(self.path)
         with blame(f"cannot read {self}"), open(self.path, "rb") as f:
             f.seek(self.start)
             return f.read(self.size)
 
     def __str__(self):
-        return f"{self.path}" + f", byte {self.start}" * bool(self.size)
+        return f"{self.path}" + f", byte {self.start}" * bool(self.start)
 
 
 def captioned(place):
@@ -103,7 +104,8 @@ def in_shards(shards):
                     if member.isfile() and f".{suffix.lower()}" in data.SUFFIXES:
                         images[key] = Place(shard, member.offset_data, member.size)
                     elif member.isfile() and suffix in ("txt", "json"):
-                        texts.setdefault(key, caption_in(archive, member, suffix, shard))
+                        caption = caption_in(archive, member, suffix, shard)
+                        texts[key] = caption if caption is not None else texts.get(key)
         places += images.values()
         captions += [texts.get(key) for key in images]
     return places, captions
@@ -111,8 +113,8 @@ def in_shards(shards):
 
 def caption_in(archive, member, suffix, shard):
     """The caption in a member KEY.txt or KEY.json of a shard; None if the .json has none."""
-    words = archive.extractfile(member).read()
+    words, where = archive.extractfile(member).read(), f"{member.name} in {shard}"
     if suffix == "txt":
-        return " ".join(words.decode("utf-8").split())
-    row = parse_json(words, f"{member.name} in {shard}")
+        return " ".join(text_of(words, where).split())
+    row = parse_json(words, where)
     return row[column_of(row)].strip() if not mismatch(row, {column_of(row): str}) else None

@@ -30,13 +30,14 @@ class DiffusersUNet(nn.Module):
     def features(self, x, t, cond=None):
         """The activations (B, C, h, w) of the middle block; the forward ends there."""
         middle = self.unet.mid_block or self.unet.down_blocks[-1]
-        return outputs_of(middle, lambda: self(x, t, cond))[0]
+        return outputs_of(middle, lambda: self.forward(x, t, cond))[0]
 
 
 class Reached(Exception):
     """Ends a forward."""
 
 
+@torch.compiler.disable                            # a compiled forward does not see a new hook
 def outputs_of(block, forward):
     """[what block returns] in the course of forward(), which goes no further."""
     found = []

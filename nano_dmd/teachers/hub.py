@@ -15,69 +15,74 @@ from nano_dmd.engine.files import UserError, blame, first_line, read_json
 
 @functools.lru_cache
 def on_the_hub(name):
-    """(OWNER/MODEL or folder of its copy, commit) of OWNER/MODEL[@REVISION]; the hub is asked once.
+    """(place, commit) of OWNER/MODEL[@REVISION]; the hub is asked once.
 
-    raises UserError if the hub does not give it and there is no copy here
+    place is OWNER/MODEL, or a folder: an earlier download, if the hub does not answer.
+    raises UserError if there is neither
     """
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub import HfApi, constants, hf_hub_download
 
     model, _, revision = name.partition("@")
+    asked = dict(repo_id=model, revision=revision or None)
     try:
         if constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
-        return model, HfApi().model_info(model, revision=revision or None, timeout=5).sha
+        HfApi().model_info(**asked, timeout=5)     # a download would try for half a minute
+        refused = None
     except Exception as e:                         # network, name, permission: no common base class
-        for file in ("model_index.json", "config.json"):
-            copy = try_to_load_from_cache(model, file, revision=revision or None)
-            if isinstance(copy, str):
-                return str(Path(copy).parent), Path(copy).parent.name
-        raise UserError(f"no model {name} in a folder here or in {constants.HF_HUB_CACHE}, and "
-                        f"the hub does not give it ({first_line(e)}): {advice(e, name)}") from e
+        refused = e
+    for file in ("model_index.json", "config.json"):
+        try:
+            path = Path(hf_hub_download(**asked, filename=file, local_files_only=bool(refused)))
+            return (str(path.parent) if refused else model), path.parent.name
+        except Exception as e:
+            error = refused or e
+            if not refused and not absent(e):
+                break
+    raise UserError(f"no model {name} in a folder here or in {constants.HF_HUB_CACHE}, and the hub "
+                    f"does not give it ({first_line(error)}): {advice(error, model)}")
 
 
-def advice(error, name):
+def absent(error):
+    """Whether the hub says that a model has no such file."""
+    from huggingface_hub import errors
+
+    local = isinstance(error, errors.LocalEntryNotFoundError)     # it was not asked
+    return isinstance(error, errors.EntryNotFoundError) and not local
+
+
+def advice(error, model):
     """What to do about a model that the hub does not give."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):  # the hub says 401 for a name that does not exist, too
-        return (f"check the name; if it is gated, accept its terms at huggingface.co/"
-                f"{name.partition('@')[0]} and log in by `hf auth login` or $HF_TOKEN")
+        return (f"check the name; if it is gated, accept its terms at huggingface.co/{model} and "
+                "log in by `hf auth login` or $HF_TOKEN")
     if status:
         return "check the name and --revision"
     return ("without a network give --teacher the pipeline's folder, or load it once with a "
             "network: it stays in $HF_HOME")
 
 
+def folder_here(name):
+    """The Path of a model that is here, None for one that comes from the hub.  raises UserError."""
+    place = name if Path(name).is_dir() else on_the_hub(name)[0]
+    return Path(place) if Path(place).is_dir() else None
+
+
 def source(name):
     """The arguments of from_pretrained for a folder or a hub name."""
-    if Path(name).is_dir():
-        return dict(pretrained_model_name_or_path=name)
+    if folder := folder_here(name):
+        return dict(pretrained_model_name_or_path=str(folder))
     place, commit = on_the_hub(name)
-    revision = {} if Path(place).is_dir() else {"revision": commit}
-    return dict(pretrained_model_name_or_path=place, **revision)
+    return dict(pretrained_model_name_or_path=place, revision=commit)
 
 
 def locations(name, subfolder):
     """[arguments of from_pretrained] for a pipeline's part, and for a bare model's own folder."""
-    place = source(name)
-    folder = Path(place["pretrained_model_name_or_path"])
-    if not folder.is_dir():
-        return [place | {"subfolder": subfolder}, place]
-    inside = [p for p in (folder / subfolder, folder) if p.is_dir()]
-    return [dict(pretrained_model_name_or_path=str(p)) for p in inside]
-
-
-def downloaded(name, subfolder):
-    """A local folder of a model that holds one part of it, without pickles.  raises UserError."""
-    if Path(name).is_dir():
-        return name
-    from huggingface_hub import snapshot_download
-
-    place, commit = on_the_hub(name)
-    if Path(place).is_dir():
-        return place
-    with blame(f"the hub does not give the {subfolder} of {name}"):
-        return snapshot_download(place, revision=commit, allow_patterns=f"{subfolder}/*",
-                                 ignore_patterns=["*.bin", "*.fp16.*", "*.onnx*", "*.msgpack"])
+    if folder := folder_here(name):
+        inside = [p for p in (folder / subfolder, folder) if p.is_dir()]
+        return [dict(pretrained_model_name_or_path=str(p)) for p in inside]
+    return [source(name) | {"subfolder": subfolder}, source(name)]
 
 
 def version(name, *parts):
@@ -90,27 +95,32 @@ def version(name, *parts):
 
 def file_of(name, *path):
     """The local path of a small file of a model, None if it has no such file.  raises UserError."""
-    if Path(name).is_dir():
-        found = Path(name).joinpath(*path)
+    if folder := folder_here(name):
+        found = folder.joinpath(*path)
         return found if found.is_file() else None
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
     place, commit = on_the_hub(name)
-    if Path(place).is_dir():
-        return file_of(place, *path)
     try:
-        return Path(hf_hub_download(place, "/".join(path), revision=commit))
+        return Path(hf_hub_download(repo_id=place, filename="/".join(path), revision=commit))
     except Exception as e:                         # no such file, no permission, no network
-        absent = isinstance(e, errors.EntryNotFoundError)
-        if absent and not isinstance(e, errors.LocalEntryNotFoundError):
+        if absent(e):
             return None
-        raise UserError(f"the hub does not give {name} ({first_line(e)}): {advice(e, name)}") from e
+        raise UserError(f"the hub does not give {name} ({first_line(e)}): "
+                        f"{advice(e, place)}") from e
 
 
 def index_of(name):
     """model_index.json of a pipeline, {} for a model without one."""
     path = file_of(name, "model_index.json")
     return read_json(path, {"_class_name": str}) if path else {}
+
+
+def declared(name, part_name):
+    """The class of a part by model_index.json, "" if there is none."""
+    entry = index_of(name).get(part_name)
+    right = isinstance(entry, list) and len(entry) > 1 and isinstance(entry[1], str)
+    return entry[1] if right else ""
 
 
 def component_config(name, subfolder):
@@ -134,11 +144,11 @@ def part(kind, name, subfolder, wanted="diffusers pipeline with a UNet2DModel"):
             more = dict(variant=variant, output_loading_info=True, use_safetensors=True)
             more = more if network else {}
             try:
-                declared = None
+                said = None
                 if hasattr(kind, "load_config"):
-                    declared = kind.load_config(**where).get("_class_name")
-                if declared not in (None, kind.__name__):
-                    raise UserError(f"the {subfolder} of {name} is a {declared}: give a {wanted}")
+                    said = kind.load_config(**where).get("_class_name")
+                if said not in (None, kind.__name__):
+                    raise UserError(f"the {subfolder} of {name} is a {said}: give a {wanted}")
                 found = kind.from_pretrained(**where, **more)
             except UserError:
                 raise
@@ -146,12 +156,9 @@ def part(kind, name, subfolder, wanted="diffusers pipeline with a UNet2DModel"):
                 problems.append(first_line(e))
                 continue
             return complete(*found, f"the {subfolder} of {name}") if network else found
-    if pickled := [*Path(name, subfolder).glob("*.bin"), *Path(name).glob("*.bin")]:
-        raise UserError(f"{pickled[0]} is a pickle, which could run code, and there is no "
-                        ".safetensors beside it: convert it where you trust it, by "
-                        "from_pretrained(...).save_pretrained(FOLDER) of diffusers")
-    raise UserError(f"cannot load the {subfolder} of {name}: {problems[0]}; give a {wanted}, on "
-                    "the hub (needs a network the first time) or as a local folder")
+    raise UserError(f"cannot load the {subfolder} of {name}: {problems[0]}; give a {wanted}.  "
+                    "Weights are read from .safetensors alone, as a pickle (.bin) could run code: "
+                    "convert one by diffusers' from_pretrained(...).save_pretrained(FOLDER)")
 
 
 def component(name, part_name, kinds=()):
@@ -159,25 +166,33 @@ def component(name, part_name, kinds=()):
 
     kinds  the classes it may be; without, a text encoder or tokenizer of transformers
     """
-    import diffusers
-
-    library, declared = (index_of(name).get(part_name) or [None, None])[:2]
+    kind = declared(name, part_name)
     if kinds:
-        if declared not in kinds:
-            raise UserError(f"the {part_name} of {name} is {declared and f'a {declared}'}: "
-                            f"{' or '.join(kinds)} is supported")
-        return part(getattr(diffusers, declared), name, part_name, "complete pipeline")
+        import diffusers
+
+        found = getattr(diffusers, kind, None) if kind in kinds else None
+        if found is None:
+            raise UserError(f"the {part_name} of {name} is {kind or 'missing'}: "
+                            f"{' or '.join(kinds)} of a recent diffusers is supported")
+        return part(found, name, part_name, "complete pipeline")
     try:
         import transformers
     except ImportError as e:
         raise UserError(f'models that listen to text need more packages ({e}): pip install '
                         '"nano_dmd[sd]"') from e
-    found = getattr(transformers, str(declared), None)
+    found = getattr(transformers, kind, None)
+    if kind == "T5GemmaEncoder":                   # PRX's: diffusers has it, and finds its config
+        from diffusers.pipelines.prx import T5GemmaEncoder as found     # in a folder alone
+        from huggingface_hub import snapshot_download
+
+        if not folder_here(name):
+            place, commit = on_the_hub(name)
+            name = snapshot_download(place, revision=commit, allow_patterns=f"{part_name}/*")
     bases = transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase
     if not isinstance(found, type) or not issubclass(found, bases):
-        raise UserError(f"the {part_name} of {name} is {declared!r:.80} of {library!r:.80}: no "
-                        "text encoder or tokenizer of transformers")
-    return part(found, downloaded(name, part_name), part_name, "complete pipeline")
+        raise UserError(f"the {part_name} of {name} is {kind or 'missing'!r:.80}: no text encoder "
+                        "or tokenizer of transformers")
+    return part(found, name, part_name, "complete pipeline")
 
 
 def complete(model, info, what):

@@ -10,7 +10,7 @@ from nano_dmd.teachers import data, hub
 from nano_dmd.teachers.captions import captioned
 from nano_dmd.teachers.prompts import Prompts, finite
 
-CHUNK = 1000                                       # images of one entry of the cache
+CHUNK = 10_000                                     # images of one entry of the cache
 
 
 def load_vae(model):
@@ -89,7 +89,7 @@ class Latents:
             paths = sorted({image.path for image in chunk})
             made_of = dict(model=model, vae=hub.version(model, "vae"), side=side,
                            folder=str(place), files=fingerprint(*paths))
-            if any(image.size for image in chunk):
+            if any(image.start for image in chunk):
                 made_of["parts"] = digest([image[1:] for image in chunk])
             file = cached("latents", made_of, make, ".npy")
             self.tables.append(data.read_table(file, np.float16,

@@ -30,7 +30,7 @@ class Prompts:
     """Texts and their embeddings: prompts[index (B,)] -> (B, T, C) float32.
 
     texts   a list, or the Lines of a file
-    encode  "cache" | "online" | "visit", see above.  All give the same numbers, in float16 steps
+    encode  "cache" | "online" | "visit", see above.  All give the same, but for rounding
     """
 
     def __init__(self, model, texts, encode="cache", device="cpu"):
@@ -67,6 +67,8 @@ def embedded(model, texts, empty=False):
     version = model if model in RANDOM else hub.version(model, *PARTS)
     made_of = dict(model=str(model), encoder=version, texts=digest([*texts]), count=len(texts),
                    first=texts[0][:80]) | (dict(empty=True) if empty else {})
+    if model not in RANDOM:                        # its class and flags decide, too
+        made_of["pipeline"] = {k: v for k, v in hub.index_of(model).items() if type(v) is not list}
 
     def make(path):
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -121,7 +123,7 @@ class TextEncoder:
         kind = getattr(diffusers, index["_class_name"])
         for name in given:
             if name.startswith("tokenizer"):
-                fit(model, given[name], given[name.replace("tokenizer", "text_encoder")])
+                fit(model, given[name], given.get(name.replace("tokenizer", "text_encoder")))
         self.nets = [net.eval() for name, net in given.items() if name.startswith("text_encoder")]
         for net in self.nets if not visit else ():
             net.to(device)
@@ -131,6 +133,8 @@ class TextEncoder:
                 given.setdefault(name, None)
             elif value is not None:
                 given[name] = value
+        if "safety_checker" in given:
+            given["requires_safety_checker"] = False
         self.pipeline, self.tokenizer = kind(**given), given["tokenizer"]
         usual = inspect.signature(kind.__call__).parameters
         self.options = {name: usual[name].default for name in (
@@ -151,7 +155,8 @@ class TextEncoder:
             return torch.stack([made_up("" if empty else text, shape) for text in texts])
         for net in self.nets if self.visit else ():
             net.to(self.device)
-        with blame(f"{self.model} cannot encode prompts", 'it needs pip install "nano_dmd[sd]"'):
+        with blame(f"{self.model} cannot encode prompts",
+                   'is the pipeline complete, and so is pip install "nano_dmd[sd]"?'):
             found = self.pipeline.encode_prompt(
                 texts, device=torch.device(self.device), num_images_per_prompt=1,
                 do_classifier_free_guidance=empty, **self.options)
@@ -178,8 +183,7 @@ def packed(found, empty):
 
 def text_parts(model):
     """{name: tokenizer or text encoder} of a pipeline, all that its model_index.json names."""
-    index = hub.index_of(model)
-    return {name: hub.component(model, name) for name in PARTS if (index.get(name) or [None])[0]}
+    return {name: hub.component(model, name) for name in PARTS if hub.declared(model, name)}
 
 
 def made_up(text, shape):
@@ -193,7 +197,8 @@ def fit(model, tokenizer, encoder):
 
     A tokenizer saved without a length gets that of the encoder.
     """
-    words, most = len(tokenizer), encoder.get_input_embeddings().num_embeddings
+    words = len(tokenizer)
+    most = encoder.get_input_embeddings().num_embeddings if encoder else 0
     if not most / 2 < words <= most:  # transformers makes an empty tokenizer of nothing
         raise UserError(f"the tokenizer of {model} knows {words} words, its text_encoder {most}: "
                         "files of it are missing, or it belongs to another model")

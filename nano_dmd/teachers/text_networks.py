@@ -2,9 +2,9 @@
 
     x (B, C, h, w)   latents, scaled by the adapter (denoiser.py)
     t (B,)           a U-Net's timestep 0 .. 999, a flow transformer's time in (0, 1)
-    cond (B, T, C)   an embedding per token, zeros where the prompt has ended.  Models that also
-                     want one vector for the whole prompt (SDXL, Stable Diffusion 3) find it in an
-                     extra last row, filled up with zeros.
+    cond (B, T, C)   an embedding per token.  Models with a mask (SANA, PRX) find it in the rows of
+                     zeros: padding.  Models that want one more vector for the whole prompt (SDXL,
+                     Stable Diffusion 3) find it in an extra last row, filled up with zeros.
 
 KINDS has a row for each class.  A new one is a row: what its forward takes, and names of its parts.
 """
@@ -23,7 +23,7 @@ class Kind(NamedTuple):
     middle: Callable                # network -> the block whose output the GAN head sees
     lora: list                      # names of the layers that LoRA updates
     steps: int                      # of the pipeline's own sampler, two network calls each
-    call: str = ""  # how its pipeline samples a flow student; a U-Net's: export.py
+    call: str = ""                  # how its pipeline is called for a flow student (export.py)
 
 
 def unet(net, t, text):
@@ -49,11 +49,10 @@ def sd3(net, t, text):
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 KINDS = {
-    "UNet2DConditionModel": Kind(
+    "UNet2DConditionModel": Kind(                  # layers: DMD2 sd_unified_model.py:44-69
         "unet", unet, lambda net: net.mid_block,
         [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
          "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"], 50),
-                                                   # DMD2 sd_unified_model.py:44-69
     "SanaTransformer2DModel": Kind(
         "transformer", sana, lambda net: halfway(net.transformer_blocks),
         [*ATTENTION, "conv_inverted", "conv_point"], 20,
@@ -106,7 +105,7 @@ class TextNet(nn.Module):
 
     def features(self, x, t, cond=None):
         """The activations (B, C, h, w) of the middle block; the forward ends there."""
-        h = outputs_of(self.kind.middle(self.network), lambda: self(x, t, cond))[-1]
+        h = outputs_of(self.kind.middle(self.network), lambda: self.forward(x, t, cond))[-1]
         side = round(h.shape[1] ** 0.5)            # a transformer's are tokens (B, h w, C)
         return h if h.ndim == 4 else h.transpose(1, 2).unflatten(2, (side, side))
 

@@ -35,12 +35,8 @@ FLOW_SIGMAS = 0.002, 200.0                         # t from .002 to .995, for He
 
 def load(name, device):
     """The fields of a Teacher in a diffusers folder, on the hub or of RANDOM.  raises UserError."""
-    decode = None
-    if name in RANDOM:
-        network, predicts, side = random_network(name, device)
-        sigmas = sd_sigmas()
-    else:
-        network, predicts, sigmas, side, decode = read_parts(name, device)
+    read = random_parts if name in RANDOM else read_parts
+    network, predicts, sigmas, side, decode = read(name, device)
     net = TextNet(network, empty_prompt(name))
     widths = [width(network.config), net.empty.shape[2]]
     if widths[0] != widths[1]:
@@ -53,11 +49,9 @@ def load(name, device):
         ends = sigmas[0].item(), sigmas[-1].item()
     denoiser = denoiser.to(device).requires_grad_(False).eval()
     shape = (network.config.in_channels, side, side)
-    recipe = dict(network="text", source=name, shape=list(shape), classes=0, data="",
-                  seconds=0, cpu_seconds=0, version=name)
-    if name not in RANDOM:
-        place = os.path.abspath(name) if os.path.isdir(name) else name
-        recipe.update(source=place, version=hub.version(name))
+    recipe = dict(network="text", shape=list(shape), classes=0, data="", seconds=0, cpu_seconds=0,
+                  source=os.path.abspath(name) if os.path.isdir(name) else name,
+                  version=name if name in RANDOM else hub.version(name))
     # The published losses are plain errors in eps, v or the flow's v: weights 1/sigma^2,
     # 1/sigma^2 + 1 and (1/sigma + 1)^2 in x0.  Differs: the last is 1/sigma^2 + 1 here, too.
     sigma_data = {"epsilon": float("inf"), "v_prediction": 1.0, "flow": 1.0}[predicts]
@@ -72,15 +66,16 @@ def width(config):
     return config.get("caption_channels") or next(config[n] for n in names if config.get(n))
 
 
-def random_network(name, device):
-    """(network, what it predicts, latents a side) of one of RANDOM."""
+def random_parts(name, device):
+    """What read_parts gives, for one of RANDOM: it has no decoder."""
     import diffusers
 
     kind, args, _ = RANDOM[name]
     with forked(device):
         torch.manual_seed(0)
         network = getattr(diffusers, kind)(**args)
-    return network, "epsilon" if KINDS[kind].part == "unet" else "flow", network.config.sample_size
+    predicts = "epsilon" if KINDS[kind].part == "unet" else "flow"
+    return network, predicts, sd_sigmas(), network.config.sample_size, None
 
 
 def read_parts(name, device):
@@ -97,15 +92,17 @@ def read_parts(name, device):
     part = KINDS[kind].part
     config = hub.component_config(name, part)      # looked at before gigabytes are loaded
     vae_config = hub.component_config(name, "vae")
-    size = config.get("sample_size") or index.get("default_sample_size", 0) // pixels(vae_config)
+    size = config.get("sample_size") or index.get("default_sample_size")     # PRX's: in pixels
+    if size and "sample_size" not in config and isinstance(size, int):
+        size //= pixels(vae_config)
     side, channels = square(size), config.get("in_channels", 4)
     odd = [k for k in OTHERS if config.get(k)]
     if config.get("addition_embed_type") not in (None, "text_time"):
         odd.append("addition_embed_type")
     if odd or channels != config.get("out_channels", channels) or not side:
         odd += [f"{k} {config.get(k)}" for k in ("in_channels", "out_channels", "sample_size")]
-        raise UserError(f"{name} asks for more than a prompt, or is no model of square images: "
-                        f"its {part} has {', '.join(odd)}")
+        why = "asks for more than a prompt" if len(odd) > 3 else "is no model of square images"
+        raise UserError(f"{name} {why}: its {part} has {', '.join(odd)}")
     if vae_config.get("latent_channels", 4) != channels:
         raise UserError(f"the vae of {name} has {vae_config.get('latent_channels')} channels, its "
                         f"{part} {channels}: they are not of one model")

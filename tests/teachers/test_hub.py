@@ -243,28 +243,50 @@ def test_guidance_needs_a_teacher_with_no_class(tmp_path, capsys, quick):
     assert "note: digits was trained with classes alone" in capsys.readouterr().err
 
 
-def test_the_hub_is_asked_once_and_its_copy_is_used(tmp_path, monkeypatch):
-    """OWNER/MODEL beside a folder OWNER; the commit is the version; without a network the copy of an earlier call serves, and
-    without a copy there is one sentence at once."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "owner").mkdir()
-    asked, unet = [], pipeline(tmp_path / "models--owner--model" / "snapshots" / "abc")
+def cached_model(root, name="owner/model", commit="a" * 40, ref="main"):
+    """A model as an earlier download leaves it in the hub's cache; returns its U-Net."""
+    place = root / f"models--{name.replace('/', '--')}"
+    unet = pipeline(place / "snapshots" / commit)
+    (place / "refs").mkdir()
+    (place / "refs" / ref).write_text(commit)
+    return unet
 
-    def offline(self, name, revision, timeout):
-        asked.append(name)
+
+@pytest.fixture
+def no_network(tmp_path, monkeypatch):
+    """The hub's cache in a folder, and nobody to answer; returns what is asked for."""
+    asked = []
+
+    def refuse(*args, **kwargs):
+        asked.append(args)
         raise ConnectionError("no network")
 
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", offline)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
+    monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", lambda *_, **__: pytest.fail("asked again"))
     hub.on_the_hub.cache_clear()
-    with pytest.raises(UserError, match="no model owner/model in a folder here or in .*, and the hub .*no network.*folder"):
+    yield asked
+    hub.on_the_hub.cache_clear()
+
+
+def test_without_a_network_the_copy_is_used(tmp_path, monkeypatch, no_network):
+    """OWNER/MODEL beside a folder OWNER; the commit is the version; without a network the copy of an earlier call serves, a
+    revision's for a revision, and without a copy there is one sentence at once."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    with pytest.raises(UserError, match="no model owner/model in a folder here or in .*, and the hub .*folder"):
         load_teacher("owner/model")
-    assert asked == ["owner/model"]
-    copy = str(tmp_path / "models--owner--model" / "snapshots" / "abc" / "model_index.json")
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file, revision: copy)
+    assert len(no_network) == 1
+    unet = cached_model(tmp_path)
     teacher = load_teacher("owner/model")
     torch.testing.assert_close(teacher.net.net.unet.conv_in.weight, unet.conv_in.weight)
-    assert hub.version("owner/model") == "abc"
-    hub.on_the_hub.cache_clear()
+    assert hub.version("owner/model") == "a" * 40
+    with pytest.raises(UserError, match="no model owner/model@v2"):
+        load_teacher("owner/model", revision="v2")
+    cached_model(tmp_path / "other", ref="v2")
+    shutil.copytree(tmp_path / "other" / "models--owner--model", tmp_path / "models--owner--other")
+    load_teacher("owner/other", revision="v2")
 
 
 def test_files_that_are_no_tables(tmp_path):
@@ -294,12 +316,12 @@ class Refusal(OSError):
     (Refusal(401), "401 Client Error.*if it is gated, accept its terms at huggingface.co/owner/gated and log in by .*HF_TOKEN"),
     (Refusal(403), "accept its terms"), (Refusal(404), "check the name and --revision"),
     (TimeoutError("timed out"), "timed out.*without a network give --teacher the pipeline's folder")])
-def test_what_the_hub_refuses(error, said, monkeypatch, tmp_path):
+def test_what_the_hub_refuses(error, said, monkeypatch):
     """The sentence fits the reason; the revision is asked for, and is part of the name."""
     asked = []
 
-    def answer(self, name, revision, timeout):
-        asked.append((name, revision))
+    def answer(self, repo_id, revision, timeout):
+        asked.append((repo_id, revision))
         raise error
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", answer)
@@ -309,12 +331,14 @@ def test_what_the_hub_refuses(error, said, monkeypatch, tmp_path):
     assert asked == [("owner/gated", "v2")]
 
 
-def test_offline_means_that_nobody_is_asked(monkeypatch):
+def test_offline_means_that_nobody_is_asked(monkeypatch, no_network, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: pytest.fail("asked"))
-    hub.on_the_hub.cache_clear()
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         load_teacher("owner/model")
+    cached_model(tmp_path)
+    hub.on_the_hub.cache_clear()
+    load_teacher("owner/model")
+    assert no_network == []
 
 
 def test_a_revision_is_of_a_model_on_the_hub(tmp_path):
@@ -326,19 +350,21 @@ def test_a_revision_is_of_a_model_on_the_hub(tmp_path):
 def test_parts_come_from_the_commit_that_was_asked_for(monkeypatch, tmp_path):
     """Files of OWNER/MODEL@REVISION are those of its commit; a gated model whose files are refused is a sentence, not a model
     without a pipeline."""
-    seen, folder = [], tmp_path / "copy"
+    seen, folder = [], tmp_path / "abc"
     folder.mkdir()
     (folder / "model_index.json").write_text('{"_class_name": "SanaPipeline"}')
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda self, name, revision, timeout: SimpleNamespace(sha="abc"))
 
-    def download(name, path, revision):
-        seen.append((name, path, revision))
-        return folder / path
+    def download(repo_id, filename, revision, **more):
+        seen.append((repo_id, filename, revision))
+        return folder / filename
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     hub.on_the_hub.cache_clear()
     assert hub.index_of("owner/model@v2") == {"_class_name": "SanaPipeline"}
-    assert seen == [("owner/model", "model_index.json", "abc")] and hub.version("owner/model@v2") == "abc"
+    assert seen == [("owner/model", "model_index.json", "v2"), ("owner/model", "model_index.json", "abc")]
+    assert hub.version("owner/model@v2") == "abc"
     assert hub.locations("owner/model@v2", "unet")[0] == dict(
         pretrained_model_name_or_path="owner/model", revision="abc", subfolder="unet")
 

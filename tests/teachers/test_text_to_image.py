@@ -5,6 +5,8 @@ import functools
 import io
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -105,6 +107,27 @@ def test_a_teacher_is_what_its_folder_says(kind, pipes, monkeypatch):
     assert seen == [1, 1]
 
 
+@pytest.mark.slow
+def test_prx_loads_in_a_process_of_its_own():
+    """Its text encoder is a class of diffusers that appears in transformers only after an import."""
+    code = f"from nano_dmd.teacher import load_teacher; print(load_teacher({tiny('prx')!r}).shape)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip().endswith("(4, 8, 8)"), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sdxl", "sana"])
+def test_features_of_a_compiled_network(kind, pipes):
+    """A hook that comes after compilation is seen: the same features, whichever is asked first."""
+    teacher = load_teacher(pipes(kind))
+    x, sigma, text = torch.randn(2, 4, 8, 8), torch.tensor([0.5, 3.0]), Prompts(pipes(kind), PROMPTS)[torch.arange(2)]
+    with torch.no_grad():
+        wanted = teacher.net.features(x, sigma, text)
+        teacher.net.net.compile(backend="eager", dynamic=False)
+        teacher.net(x, sigma, text)
+        assert_close(teacher.net.features(x, sigma, text), wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", KINDS_HERE)
 def test_features_are_the_middle_block(kind, checkpointing, pipes):
@@ -181,6 +204,10 @@ def test_millions_of_prompts_stay_on_the_disk(tmp_path):
     assert (len(lines), lines[199_999], lines.numbers[199_999]) == (200_000, "prompt number 199999", 399_999)
     held = sum(v.itemsize * len(v) for v in (lines.starts, lines.ends, lines.numbers))
     assert held == 200_000 * 24 and not any(isinstance(v, (list, bytes)) for v in vars(lines).values())
+    with open(path, "a") as f:                     # other lines would be read without a word
+        f.write("one more\n")
+    with pytest.raises(UserError, match="many.txt was changed while it was in use"):
+        lines[0]
 
 
 # ---- training, sampling, export ---------------------------------------------------------------------------
@@ -188,7 +215,7 @@ def test_millions_of_prompts_stay_on_the_disk(tmp_path):
 
 LORA = ["--lora_generator", "2", "--lora_critic", "2"]
 RUNS = [
-    ("sdxl-dmd2-4step", "sdxl", []), ("sdxl-dmd2-lora", "sdxl", ["--lora_generator", "2", "--lora_critic", "2"]),
+    ("sdxl-dmd2-4step", "sdxl", []), ("sdxl-dmd2-lora", "sdxl", LORA),
     ("sdxl-regression", "sdxl", []), ("sdxl-dmd2", "sdxl", []), ("sana-sid", "sana", []), ("sana-sid", "prx", LORA),
     ("sana-sid", "sd3", LORA), ("sana-dmd2", "sana", LORA), ("sana-dmd2", "sana", ["--w_gan", "0.03", "--w_disc", "0.03"]),
     ("sana-dmd2", "prx", ["--w_gan", "0.03", "--w_disc", "0.03"]), ("sana-dmd2", "sd3", ["--w_gan", "0.03", "--w_disc", "0.03"]),
@@ -425,10 +452,9 @@ def test_a_stopped_encoding_goes_on(pipes, photos, tmp_path, monkeypatch):
 
 
 def test_shards_that_cannot_be_read(tmp_path):
-    for content, said in ((b"no tar at all" * 100, "cannot read .*a.tar.*give uncompressed"),):
-        (tmp_path / "a.tar").write_bytes(content)
-        with pytest.raises(UserError, match=said):
-            captioned(str(tmp_path / "a.tar"))
+    (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(UserError, match="cannot read .*a.tar.*give uncompressed"):
+        captioned(str(tmp_path / "a.tar"))
     shard(tmp_path / "a.tar", [("0.txt", b"fog")])
     with pytest.raises(UserError, match="no images in"):
         captioned(str(tmp_path))
@@ -438,6 +464,13 @@ def test_shards_that_cannot_be_read(tmp_path):
     shard(tmp_path / "a.tar", [("0.png", b"x"), ("0.json", b"{")])
     with pytest.raises(UserError, match="cannot read 0.json in"):
         captioned(str(tmp_path))
+    shard(tmp_path / "a.tar", [("0.png", b"x"), ("0.txt", b"\xff")])
+    with pytest.raises(UserError, match="0.txt in .*a.tar is not UTF-8 text"):
+        captioned(str(tmp_path))
+    for members in ((("0.json", b'{"width": 3}'), ("0.txt", b"fog")), (("0.txt", b"fog"), ("0.json", b'{"width": 3}'))):
+        shard(tmp_path / "a.tar", [("0.png", b""), *members])     # as img2dataset writes them; an empty image is empty
+        (image,), (caption,) = captioned(str(tmp_path))
+        assert caption == "fog" and image.read() == b""
 
 
 # ---- what is refused, and random networks -----------------------------------------------------------------
@@ -455,10 +488,14 @@ def spoil(folder, name, value, file="config.json"):
     ("sdxl", lambda f: spoil(f / "unet", "addition_embed_type", "image"), "addition_embed_type"),
     ("sdxl", lambda f: shutil.rmtree(f / "text_encoder_2"), "text_encoder_2"),
     ("sdxl", lambda f: shutil.rmtree(f / "unet"), "has no unet/config.json"),
-    ("sd3", lambda f: spoil(f, "text_encoder_3", ["os", "system"], "model_index.json"), "'system' of 'os': no text encoder"),
+    ("sd3", lambda f: spoil(f, "text_encoder_3", ["os", "system"], "model_index.json"), "is 'system': no text encoder"),
+    ("sd3", lambda f: spoil(f, "text_encoder_3", [None, None], "model_index.json"), "the tokenizer of .* its text_encoder 0"),
+    ("sdxl", lambda f: spoil(f, "text_encoder", 5, "model_index.json"), "its text_encoder 0"),
+    ("sdxl", lambda f: spoil(f, "vae", ["diffusers"], "model_index.json"), "the vae of .* is missing"),
+    ("prx", lambda f: spoil(f, "default_sample_size", "large", "model_index.json"), "no model of square images"),
     ("sdxl", lambda f: spoil(f, "vae", ["diffusers", "AutoencoderTiny"], "model_index.json"), "AutoencoderKL or AutoencoderDC"),
-    ("sdxl", lambda f: pickle(f / "unet"), ".bin is a pickle, which could run code"),
-    ("sdxl", lambda f: pickle(f / "text_encoder"), ".bin is a pickle, which could run code")])
+    ("sdxl", lambda f: pickle(f / "unet"), "cannot load the unet of .* a pickle .* could run code"),
+    ("sdxl", lambda f: pickle(f / "text_encoder"), "cannot load the text_encoder of .* a pickle .* could run code")])
 def test_what_is_no_teacher_is_a_sentence(kind, spoiling, said, pipes, tmp_path, monkeypatch):
     monkeypatch.setenv("NANO_DMD_CACHE", str(tmp_path / "cache"))
     shutil.copytree(pipes(kind), tmp_path / "x")
