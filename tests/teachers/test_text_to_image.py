@@ -265,6 +265,16 @@ def test_presets_train_resume_and_report(preset, kind, extra, pipes, prompts, ph
     assert Image.open(tmp_path / "whole" / "samples.png").size[1] == (32 if kind == "sana" else 64) + 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("preset, kind, flags", [
+    ("sdxl-dmd2-4step", "sdxl", {}), ("sana-sid", "sana", {}), ("sana-sid", "prx", {}), ("sana-dmd2", "sd3", {}),
+    ("sana-dmd2", "sana", dict(w_gan=0.1, w_disc=0.1, lora_critic=2, lora_generator=2))])
+def test_a_step_keeps_to_its_device_and_never_waits_for_it(preset, kind, flags, pipes, prompts, photos, step_on_meta):
+    gan = kind == "sdxl" or "w_gan" in flags
+    step_on_meta(dict(preset=preset, teacher=pipes(kind), prompts=prompts, data=photos if gan else "", batch=4, critic_steps=2,
+                      half_frozen=False) | flags)
+
+
 def test_the_one_step_pair_of_sdxl(pipes, prompts, photos, tmp_path, fast, piq):
     """sdxl-regression, then sdxl-dmd2 from --init: the first student's weights, at timestep 399 from unit noise."""
     common = ["--teacher", pipes("sdxl"), "--prompts", prompts, *RUN, "--lpips_decoder", "vae"]
