@@ -235,7 +235,7 @@ def test_a_flow_teacher_of_a_mixture(tmp_path, quick):
     train.main([*TOY, "--teacher", "flow:ring8", "--method", "sid", "--steps", "2", "--out", str(tmp_path / "run")])
     _, teacher, generator = load_run(tmp_path / "run")
     assert type(teacher.denoiser) is type(generator.net) is FromFlow
-    assert (teacher.data, teacher.sigma_data, teacher.kind) == ("toy:ring8", 1.0, "points")
+    assert (teacher.data, teacher.sigma_data, teacher.kind) == ("toy:ring8", 0.5, "points")
     trained = load_teacher("flow:ring8", steps=50)
     x, sigma = torch.randn(3, 2), torch.tensor([0.1, 1.0, 20.0])
     assert torch.equal(trained.denoiser(x, sigma), teacher.denoiser(x, sigma))

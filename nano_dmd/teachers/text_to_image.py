@@ -101,7 +101,7 @@ def read_parts(name, device):
         odd.append("addition_embed_type")
     if odd or channels != config.get("out_channels", channels) or not side:
         odd += [f"{k} {config.get(k)}" for k in ("in_channels", "out_channels", "sample_size")]
-        why = "asks for more than a prompt" if len(odd) > 3 else "is no model of square images"
+        why = "asks for more than a prompt" if side else "is no model of square images"
         raise UserError(f"{name} {why}: its {part} has {', '.join(odd)}")
     if vae_config.get("latent_channels", 4) != channels:
         raise UserError(f"the vae of {name} has {vae_config.get('latent_channels')} channels, its "

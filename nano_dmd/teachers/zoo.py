@@ -30,7 +30,7 @@ RECIPES = {
     "toy": dict(network="mlp", args=dict(octaves=5), data="", sigma_data=0.5, bf16=True,
                 sigma="lognormal(-1.2,1.4)", steps=4000, batch=1024, lr=2e-3, ema=100,
                 label_dropout=0.0),
-    "flow": dict(network="mlp", args=dict(octaves=5), data="", sigma_data=1.0, bf16=True,
+    "flow": dict(network="mlp", args=dict(octaves=5), data="", sigma_data=0.5, bf16=True,
                  sigma="lognormal(-1.2,1.4)", steps=4000, batch=1024, lr=2e-3, ema=100,
                  label_dropout=0.0, flow=True),
     "digits": dict(network="unet", args=dict(channels=1, classes=10), data="digits",
