@@ -57,7 +57,7 @@ class Nets:
 def train_step(nets, opts, draw, cfg, step):
     """Several critic updates, one generator update, then the average.  returns {loss name: mean}.
 
-    draw() -> Batch; step counts from 0 (update_ema).  G's update reuses the critic's last batch.
+    draw() -> Batch; step counts from 0.  G's update reuses the critic's last batch.
     Differs: DMD2 updates the generator first; SiD draws a new batch for it.
     """
     logs = {}
@@ -79,8 +79,7 @@ def update(which, nets, opts, batches, cfg, logs, keep_graph=False):
     keep_graph: make x with the generator's graph.  The critic needs none, but G will reuse x.
     """
     terms = [(getattr(cfg, w), loss) for w, loss in getattr(METHODS[cfg.method], which)]
-    terms = [(weight, loss) for weight, loss in terms if weight]
-    if not terms:
+    if not (terms := [(weight, loss) for weight, loss in terms if weight]):
         return
     for batch in batches:
         x = samples(nets, batch, graph=which == "generator" or keep_graph)
@@ -94,7 +93,8 @@ def update(which, nets, opts, batches, cfg, logs, keep_graph=False):
     if cfg.clip:
         nn.utils.clip_grad_norm_(opts[which].param_groups[0]["params"], cfg.clip)
     opts[which].step()
-    opts[which].zero_grad(set_to_none=True)        # at once: a full student's are gigabytes
+    for opt in opts.values():                      # at once: a full student's are gigabytes.  Both:
+        opt.zero_grad(set_to_none=True)            # FSDP2 gives resting weights gradients, too
 
 
 def samples(nets, batch, graph):
