@@ -2,7 +2,12 @@
 
 import json
 
+import pytest
 import torch
+
+from nano_dmd import train
+from nano_dmd.engine import progress
+from nano_dmd.engine.files import load_tensors
 
 PROMPTS = ["a red cube", "a cat on a mat", "fog", "two dogs"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -143,3 +148,24 @@ def pipeline(kind, folder):
         index["text_encoder"][0] = "prx"                              # as diffusers' converter writes it
         (folder / kind / "model_index.json").write_text(json.dumps(index))
     return str(folder / kind)
+
+
+def stopped_and_resumed(argv, tmp_path):
+    """Weights of a run, which a run that was stopped after its first step and resumed also ends with, to the bit."""
+    train.main([*argv, "--out", str(tmp_path / "whole")])
+    torch.manual_seed(123)
+
+    class Stop(Exception):
+        pass
+
+    def stop(*args, real=progress.save_checkpoint):
+        real(*args)
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(progress, "save_checkpoint", stop)
+        train.main([*argv, "--out", str(tmp_path / "parts")])
+    train.main([*argv, "--out", str(tmp_path / "parts"), "--resume"])
+    whole, parts = (load_tensors(tmp_path / name / "generator.safetensors") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
+    return whole

@@ -105,12 +105,14 @@ def cached_pairs(cfg, teacher, device, prompts=None):
                    kinds=kinds, shape=teacher.shape, teacher=cfg.teacher, guidance=cfg.guidance,
                    **teacher_digest(cfg, teacher, prompts))
 
+    def embed(index):
+        return prompts[index].to(device) if prompts else index
+
     def make(path):
         rng = torch.Generator().manual_seed(0)
         z = torch.randn(cfg.pairs, *teacher.shape, generator=rng).to(device)
         cond = torch.randint(kinds, (cfg.pairs,), generator=rng).to(device) if kinds else None
         batch = {"points": 10_000, "images": 500, "text": 8}[teacher.kind]
-        embed = (lambda index: prompts[index].to(device)) if prompts else (lambda labels: labels)
         x = make_pairs(guided_by(teacher, cfg), z, cond, batch, embed=embed, steps=cfg.pair_steps,
                        sigma_min=low, sigma_max=cfg.pair_sigma)
         files.save_tensors(path, {"z": z, "x": x} | ({"cond": cond} if kinds else {}))

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nano_dmd.denoiser import FromEps, FromV
-from nano_dmd.engine.files import UserError, blame, first_line, read_json
+from nano_dmd.engine.files import UserError, blame, first_line
 from nano_dmd.teachers import hub
 
 # Schedulers of models that predict eps or v at timesteps of a variance-preserving table.
@@ -117,12 +117,7 @@ def noise_table(name):
     """
     import diffusers
 
-    path = hub.file_of(name, "scheduler", "scheduler_config.json")
-    path = path or hub.file_of(name, "scheduler_config.json")
-    if path is None:
-        raise UserError(f"{name} has no scheduler/scheduler_config.json, which says what the "
-                        "network predicts")
-    config = read_json(path, {})
+    config = hub.component_config(name, "scheduler")
     kind = str(config.get("_class_name", "")).removesuffix("Scheduler")
     odd = [k for k in ("use_flow_sigmas", "rescale_betas_zero_snr") if config.get(k)]
     if config.get("timestep_type", "discrete") != "discrete":

@@ -82,7 +82,8 @@ def locations(name, subfolder):
     if folder := folder_here(name):
         inside = [p for p in (folder / subfolder, folder) if p.is_dir()]
         return [dict(pretrained_model_name_or_path=str(p)) for p in inside]
-    return [source(name) | {"subfolder": subfolder}, source(name)]
+    place = source(name)
+    return [place | {"subfolder": subfolder}, place]
 
 
 def version(name, *parts):
@@ -124,9 +125,9 @@ def declared(name, part_name):
 
 
 def component_config(name, subfolder):
-    """The config of a part of a pipeline, without its weights.  raises UserError."""
+    """The config of a pipeline's part, or of a bare model, without weights.  raises UserError."""
     kind = "scheduler_config.json" if subfolder == "scheduler" else "config.json"
-    path = file_of(name, subfolder, kind)
+    path = file_of(name, subfolder, kind) or file_of(name, kind)
     if path is None:
         raise UserError(f"{name} has no {subfolder}/{kind}: is it a complete pipeline?")
     return read_json(path, dict)

@@ -1,5 +1,7 @@
 """Between images and latents: decoders of a pipeline's VAE, and real images for the GAN."""
 
+import functools
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -75,20 +77,23 @@ class Latents:
         images, captions = captioned(place)
         self.shape, self.classes = shape, 0
         self.device = device
-        side, tools = pixels(hub.component_config(model, "vae")) * shape[1], []
+        side = pixels(hub.component_config(model, "vae")) * shape[1]
+        version = hub.version(model, "vae")
+
+        @functools.cache                           # nothing is loaded where all is cached
+        def tools():
+            bar = tqdm(total=len(images), desc="encoding images", initial=first)
+            return load_vae(model).to(device), bar
 
         def make(path):
-            if not tools:
-                tools.extend([load_vae(model).to(device),
-                              tqdm(total=len(images), desc="encoding images", initial=first)])
-            data.write_rows(path, len(chunk), vae_moments(chunk, side, device, *tools))
+            data.write_rows(path, len(chunk), vae_moments(chunk, side, device, *tools()))
 
         self.tables = []
         for first in range(0, len(images), CHUNK):
             chunk = images[first : first + CHUNK]
             paths = sorted({image.path for image in chunk})
-            made_of = dict(model=model, vae=hub.version(model, "vae"), side=side,
-                           folder=str(place), files=fingerprint(*paths))
+            made_of = dict(model=model, vae=version, side=side, folder=str(place),
+                           files=fingerprint(*paths))
             if any(image.start for image in chunk):
                 made_of["parts"] = digest([image[1:] for image in chunk])
             file = cached("latents", made_of, make, ".npy")

@@ -113,7 +113,6 @@ class TextEncoder:
 
     def __init__(self, model, device, visit=False):
         self.model, self.device = model, device
-        self.visit, self.nets = visit, []
         self.longest = 0
         if model in RANDOM:
             return
@@ -124,8 +123,9 @@ class TextEncoder:
         for name in given:
             if name.startswith("tokenizer"):
                 fit(model, given[name], given.get(name.replace("tokenizer", "text_encoder")))
-        self.nets = [net.eval() for name, net in given.items() if name.startswith("text_encoder")]
-        for net in self.nets if not visit else ():
+        nets = [net.eval() for name, net in given.items() if name.startswith("text_encoder")]
+        self.visitors = nets if visit else []      # the others stay on the device
+        for net in [] if visit else nets:
             net.to(device)
         for name, parameter in inspect.signature(kind).parameters.items():
             value = index.get(name)                # flags as saved; the parts nobody needs: None
@@ -153,14 +153,14 @@ class TextEncoder:
         if self.model in RANDOM:
             shape = RANDOM[self.model][2]
             return torch.stack([made_up("" if empty else text, shape) for text in texts])
-        for net in self.nets if self.visit else ():
+        for net in self.visitors:
             net.to(self.device)
         with blame(f"{self.model} cannot encode prompts",
                    'is the pipeline complete, and so is pip install "nano_dmd[sd]"?'):
             found = self.pipeline.encode_prompt(
                 texts, device=torch.device(self.device), num_images_per_prompt=1,
                 do_classifier_free_guidance=empty, **self.options)
-        for net in self.nets if self.visit else ():
+        for net in self.visitors:
             net.cpu()
         return packed(found, empty).half()
 

@@ -62,8 +62,8 @@ def load(name, device):
 
 def width(config):
     """Numbers a token, by the config of a network."""
-    names = "cross_attention_dim", "joint_attention_dim", "context_in_dim"
-    return config.get("caption_channels") or next(config[n] for n in names if config.get(n))
+    names = "caption_channels", "cross_attention_dim", "joint_attention_dim", "context_in_dim"
+    return next(config[n] for n in names if config.get(n))
 
 
 def random_parts(name, device):
@@ -92,9 +92,8 @@ def read_parts(name, device):
     part = KINDS[kind].part
     config = hub.component_config(name, part)      # looked at before gigabytes are loaded
     vae_config = hub.component_config(name, "vae")
-    size = config.get("sample_size") or index.get("default_sample_size")     # PRX's: in pixels
-    if size and "sample_size" not in config and isinstance(size, int):
-        size //= pixels(vae_config)
+    whole = index.get("default_sample_size")       # PRX's, in pixels
+    size = config.get("sample_size") or type(whole) is int and whole // pixels(vae_config)
     side, channels = square(size), config.get("in_channels", 4)
     odd = [k for k in OTHERS if config.get(k)]
     if config.get("addition_embed_type") not in (None, "text_time"):

@@ -20,7 +20,7 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from pipelines import PROMPTS, RUN, clip, clip_tokenizer, kl
+from pipelines import PROMPTS, RUN, clip, clip_tokenizer, kl, stopped_and_resumed
 from nano_dmd import evaluate, export, sample, train
 from nano_dmd.engine import build, prepare, progress, runs
 from nano_dmd.metrics import text
@@ -301,22 +301,7 @@ def test_presets_train_resume_and_report(preset, option, sd, prompts, photos, tm
     """Every preset takes real steps; stopped in the middle and resumed it ends bit for bit where one run ends."""
     argv = ["--preset", preset, "--teacher", sd, "--prompts", prompts, *RUN, *OPTIONS[option]]
     argv += ["--data", photos, "--eval_every", "1"] if preset.endswith("gan") else []
-    train.main([*argv, "--out", str(tmp_path / "whole")])
-    torch.manual_seed(123)
-
-    class Stop(Exception):
-        pass
-
-    def stop(*args, real=progress.save_checkpoint):
-        real(*args)
-        raise Stop
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(progress, "save_checkpoint", stop)
-        train.main([*argv, "--out", str(tmp_path / "parts")])
-    train.main([*argv, "--out", str(tmp_path / "parts"), "--resume"])
-    whole, parts = (load_tensors(tmp_path / name / "generator.safetensors") for name in ("whole", "parts"))
-    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
+    whole = stopped_and_resumed(argv, tmp_path)
     assert all("lora_" in k for k in whole) == (option == "both")
     assert not (tmp_path / "whole" / "teacher.safetensors").exists()  # 3.4 GB at real size
     report = json.loads((tmp_path / "whole" / "report.json").read_text())

@@ -18,10 +18,10 @@ from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from PIL import Image
 from torch.testing import assert_close
 
-from pipelines import PROMPTS, RUN, pipeline
+from pipelines import PROMPTS, RUN, pipeline, stopped_and_resumed
 from nano_dmd import export, sample, train
 from nano_dmd.denoiser import FromEps, FromFlow
-from nano_dmd.engine import progress, runs
+from nano_dmd.engine import runs
 from nano_dmd.engine.config import resolve
 from nano_dmd.engine.files import UserError, load_tensors
 from nano_dmd.engine.lora import lora_copy
@@ -220,27 +220,6 @@ RUNS = [
     ("sana-sid", "sd3", LORA), ("sana-dmd2", "sana", LORA), ("sana-dmd2", "sana", ["--w_gan", "0.03", "--w_disc", "0.03"]),
     ("sana-dmd2", "prx", ["--w_gan", "0.03", "--w_disc", "0.03"]), ("sana-dmd2", "sd3", ["--w_gan", "0.03", "--w_disc", "0.03"]),
 ]
-
-
-def stopped_and_resumed(argv, tmp_path):
-    """Weights of a run, which a run that was stopped after its first step and resumed also ends with, to the bit."""
-    train.main([*argv, "--out", str(tmp_path / "whole")])
-    torch.manual_seed(123)
-
-    class Stop(Exception):
-        pass
-
-    def stop(*args, real=progress.save_checkpoint):
-        real(*args)
-        raise Stop
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(progress, "save_checkpoint", stop)
-        train.main([*argv, "--out", str(tmp_path / "parts")])
-    train.main([*argv, "--out", str(tmp_path / "parts"), "--resume"])
-    whole, parts = (load_tensors(tmp_path / name / "generator.safetensors") for name in ("whole", "parts"))
-    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
-    return whole
 
 
 def test_every_line_of_the_presets_is_tried():
