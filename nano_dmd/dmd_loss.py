@@ -11,7 +11,9 @@ nothing about progress. Watch mesm in the log of a run instead: the mean of |d_r
 
 import torch
 
-from nano_dmd.noise import add_noise, expand, repeated
+from nano_dmd.fake_score import predictions
+from nano_dmd.noise import expand, repeated, same_shape
+from nano_dmd.real_score import normaliser
 
 
 def dmd_gradient(x, d_real, d_fake):
@@ -23,27 +25,15 @@ def dmd_gradient(x, d_real, d_fake):
     d_real, d_fake  (B, *S)  x0-predictions at the same xt and sigma
     returns (B, *S)  without a graph.  raises ValueError if the shapes differ
     Differs: the paper has a factor alpha_t. Here it is 1, because xt is variance-exploding. The
-    official code (DMD2 edm_guidance.py:102-108) has no alpha_t either. That code replaces 0/0 by 0;
-    here the denominator is at least 1e-5, as in SiD.
+    official code (DMD2 edm_guidance.py:102-108) has no alpha_t either.
     """
-    if not x.shape == d_real.shape == d_fake.shape:
-        shapes = ", ".join(str(tuple(v.shape)) for v in (x, d_real, d_fake))
-        raise ValueError(f"x, d_real and d_fake must agree in shape, got {shapes}")
-    size = (x - d_real).abs().flatten(1).mean(1).clamp(min=1e-5)               # (B,)
-    return ((d_fake - d_real) / expand(size, x)).detach()
+    same_shape(x, d_real, d_fake)
+    return ((d_fake - d_real) / expand(normaliser(x, d_real), x)).detach()
 
 
 def descend(x, g):
     """0.5 (x - stopgrad(x - g))^2, per element.  Its gradient at x is g, its value is g^2 / 2."""
     return 0.5 * (x - (x - g).detach()) ** 2
-
-
-@torch.no_grad()
-def predictions(x, cond, nets, batch, cfg):
-    """(d_real, d_fake) at one new noising of x, without a graph."""
-    sigma, noise = batch.noising(cfg.dm_sigma, x)
-    xt = add_noise(x, sigma, noise)
-    return nets.real(xt, sigma, cond), nets.fake(xt, sigma, cond)
 
 
 def dmd_loss(x, nets, batch, cfg):
@@ -53,14 +43,16 @@ def dmd_loss(x, nets, batch, cfg):
     cfg.dm_sigma is the distribution of sigma, see noise.draw_sigma.
     """
     x, cond = repeated(x, batch.cond, cfg.noisings)
-    g = dmd_gradient(x, *predictions(x, cond, nets, batch, cfg))
-    return descend(x, g).flatten(1).mean(1)
+    with torch.no_grad():
+        _, _, d_real, d_fake = predictions(x, cond, nets, batch, cfg)
+    return descend(x, dmd_gradient(x, d_real, d_fake)).flatten(1).mean(1)
 
 
 def diff_instruct_loss(x, nets, batch, cfg):
     """Diff-Instruct (Luo et al., NeurIPS 2023): dmd_loss without the normaliser; same shapes."""
     x, cond = repeated(x, batch.cond, cfg.noisings)
-    d_real, d_fake = predictions(x, cond, nets, batch, cfg)
+    with torch.no_grad():
+        _, _, d_real, d_fake = predictions(x, cond, nets, batch, cfg)
     return descend(x, d_fake - d_real).flatten(1).mean(1)
 
 

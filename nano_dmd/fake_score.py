@@ -9,6 +9,7 @@ generator update.
 from torch import nn
 
 from nano_dmd.denoiser import edm_loss, trainable_copy
+from nano_dmd.noise import add_noise
 from nano_dmd.real_score import guided
 
 
@@ -40,6 +41,13 @@ class FakeScore(nn.Module):
 
     def train(self, mode=True):
         return self
+
+
+def predictions(x, cond, nets, batch, cfg):
+    """(xt, sigma, d_real, d_fake) at a new noising of x (B, *S), by cfg.dm_sigma; with a graph."""
+    sigma, noise = batch.noising(cfg.dm_sigma, x)
+    xt = add_noise(x, sigma, noise)
+    return xt, sigma, nets.real(xt, sigma, cond), nets.fake(xt, sigma, cond)
 
 
 def denoising_loss(x, nets, batch, cfg):

@@ -11,6 +11,8 @@ from torch import nn
 
 from nano_dmd.noise import add_noise
 
+R1_STEP = 0.05                                     # how far approximate R1 looks, data units
+
 
 class Discriminator(nn.Module):
     """Features (B, C) or (B, C, H, W) of the fake score -> one logit per sample (B,).
@@ -68,4 +70,9 @@ def gan_critic_loss(x, nets, batch, cfg):
     cond = None if batch.cond is None else torch.cat([batch.cond, batch.real_cond])
     features = nets.fake.features(xt, torch.cat([sigma, sigma_real]), cond)
     logits_fake, logits_real = nets.discriminator(features).chunk(2)
-    return F.softplus(logits_fake) + F.softplus(-logits_real)
+    loss = F.softplus(logits_fake) + F.softplus(-logits_real)
+    if cfg.w_r1:                                   # approximate R1 (APT): be flat at real data
+        moved = xt[len(x) :] + R1_STEP * batch.noising(cfg.gan_sigma, batch.real)[1]
+        features = nets.fake.features(moved, sigma_real, batch.real_cond)
+        loss = loss + cfg.w_r1 * (logits_real - nets.discriminator(features)) ** 2
+    return loss

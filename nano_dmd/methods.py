@@ -1,16 +1,18 @@
 """A method is two lists of losses, the generator's and the critic's.  train_step uses both."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable, NamedTuple
 
 import torch
 from torch import nn
 
+from nano_dmd import decoupled, f_distill, real_uid, sida, trajectory
+from nano_dmd.denoiser import lerp
 from nano_dmd.dmd_loss import diff_instruct_loss, dmd_loss, regression_loss
 from nano_dmd.fake_score import denoising_loss
 from nano_dmd.gan import gan_critic_loss, gan_generator_loss
 from nano_dmd.generator import update_ema
-from nano_dmd.sid_loss import sid_loss
+from nano_dmd.sid_loss import sid_loss, sim_loss
 
 
 class Method(NamedTuple):
@@ -18,17 +20,33 @@ class Method(NamedTuple):
 
     generator: list                 # of (name of its weight in Config, loss)
     critic: list
-    needs: tuple = ()               # what a batch brings: "real" data, "pairs" of noise and image
+    needs: tuple = ()               # "real" data, "pairs" of noise and image, "ratio", "ode_steps"
 
 
 FAKE, DISC = ("w_fake", denoising_loss), ("w_disc", gan_critic_loss)
 DM, GAN = ("w_dm", dmd_loss), ("w_gan", gan_generator_loss)
+TDM = ("w_dm", trajectory.trajectory_loss)
 METHODS = {
     "dmd": Method(generator=[DM, ("w_reg", regression_loss)], critic=[FAKE], needs=("pairs",)),
     "dmd2": Method(generator=[DM, GAN], critic=[FAKE, DISC], needs=("real",)),
     "sid": Method(generator=[("w_sid", sid_loss)], critic=[FAKE]),
     "diff_instruct": Method(generator=[("w_dm", diff_instruct_loss)], critic=[FAKE]),
     "regression": Method(generator=[("w_reg", regression_loss)], critic=[], needs=("pairs",)),
+}
+METHODS |= {
+    "f_distill": Method(
+        [("w_dm", f_distill.f_distill_loss), GAN], [FAKE, DISC], needs=("real", "ratio")),
+    "decoupled": Method(
+        [("w_dm", decoupled.matching_loss), ("w_aug", decoupled.augmentation_loss)], [FAKE]),
+    "sim": Method([("w_sid", sim_loss)], [FAKE]),
+    "sida": Method(
+        [("w_sid", sida.sida_loss)], [FAKE, ("w_disc", sida.sida_critic_loss)], needs=("real",)),
+    "real_uid": Method(
+        [("w_sid", real_uid.real_uid_loss)], [("w_fake", real_uid.real_uid_critic_loss)],
+        needs=("real",)),
+    "tdm": Method(
+        [TDM], [("w_fake", trajectory.trajectory_denoising_loss)], needs=("ode_steps",)),
+    "phased": Method([TDM], [("w_fake", trajectory.phased_denoising_loss)], needs=("ode_steps",)),
 }
 CONTROL = "regression"                             # what distribution matching has to beat
 
@@ -50,8 +68,12 @@ class Nets:
     generator: nn.Module
     ema: nn.Module
     sigma_data: float
+    slow_fake: nn.Module | None = None             # an average of fake that G is shown, if any
     lpips: Callable | None = None   # distance(x, y) -> (B,), for the regression loss
     backward: Callable = lambda loss, which, last: loss.backward()     # or engine/parallel.py's
+
+    def __post_init__(self):
+        self.slow_fake = self.slow_fake or self.fake
 
 
 def train_step(nets, opts, draw, cfg, step):
@@ -66,9 +88,12 @@ def train_step(nets, opts, draw, cfg, step):
         batches = [draw() for _ in range(cfg.accumulate)]
         shared = cfg.accumulate == 1 and i == cfg.critic_steps - 1   # x of the last serves both
         update("critic", nets, opts, batches, cfg, logs, keep_graph=shared)
+        update_ema(nets.slow_fake, nets.fake, step * cfg.critic_steps + i, cfg.ema_critic)
     critic_requires_grad(nets, False)              # 2. move G; the critic's weights rest meanwhile
-    update("generator", nets, opts, batches, cfg, logs)
+    update("generator", replace(nets, fake=nets.slow_fake), opts, batches, cfg, logs)
     update_ema(nets.ema, nets.generator, step, cfg.ema)           # 3. the copy we sample from
+    if cfg.ida:                                    # IDA (SenseFlow): the fake score follows G
+        lerp(nets.fake, nets.generator, cfg.ida)
     return logs
 
 
@@ -101,7 +126,8 @@ def samples(nets, batch, graph):
     """x (B, *S) of a batch, made once; made again if a graph is wanted and x has none."""
     if batch.x is None or graph and not batch.x.requires_grad:
         with torch.set_grad_enabled(graph):
-            batch.x = nets.generator(batch.z, batch.cond, batch.step, batch.start)
+            path = nets.generator.path(batch.z, batch.cond, batch.step, batch.start)
+            batch.xt, batch.x = path
     return batch.x
 
 

@@ -29,6 +29,13 @@ def expand(v, x):
     return v.reshape(-1, *[1] * (x.ndim - 1))
 
 
+def same_shape(*tensors):
+    """raises ValueError unless all shapes are equal: (B, 1) and (B, 3) would broadcast."""
+    if len({t.shape for t in tensors}) > 1:
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
+        raise ValueError(f"samples and predictions must agree in shape, got {shapes}")
+
+
 def add_noise(x, sigma, noise):
     """x + sigma * noise.  x, noise (B, *S); sigma (B,) in data units; returns xt (B, *S)."""
     return x + expand(sigma, x) * noise
@@ -84,6 +91,15 @@ def parse_sigma(spec):
     if name == "flow" and not 0 < a < b < 1:
         raise ValueError(f"noise {spec!r} needs 0 < low < high < 1")
     return name, a, b
+
+
+def interval(low, high, least):
+    """A spec of the noise between two levels, uniform in sigma^(1/7).  `least` replaces a low of 0.
+
+    It begins just above low: there a target that divides by sigma^2 - low^2 is finite.
+    """
+    low = low + (high - low) / 1000 if low else min(least, high / 10)
+    return f"karras({low},{high})"
 
 
 def draw_sigma(spec, n, device):

@@ -28,6 +28,18 @@ PRESETS = {
         normalise=False, beta2=0.999, dm_sigma="lognormal(-1.8,1.6)"),
     "toy-diff_instruct": dict(lr_generator=2e-3),
     "toy-regression": dict(steps=6000, lr_generator=2e-3),
+    "toy-f_distill": dict(
+        batch=512, steps=4400, lr_generator=2e-3, w_gan=0.01, w_disc=0.03, divergence="kl"),
+    "toy-decoupled": dict(lr_generator=2e-3),
+    "toy-tdm": dict(sigmas="1,0.3", ode_steps=True, steps=6000, lr_generator=2e-3),
+    "toy-phased": dict(sigmas="1,0.3", ode_steps=True, steps=6000, lr_generator=2e-3),
+}
+# SiD's relatives, at its settings.
+TOY_SID = PRESETS["toy-sid"]
+PRESETS |= {
+    "toy-sim": TOY_SID,
+    "toy-sida": dict(TOY_SID, noisings=1, steps=4400, w_gan=1e-3, w_disc=1e-3),
+    "toy-real_uid": dict(TOY_SID, noisings=1, steps=5000),
 }
 
 # 8x8 digits, two CPU cores: about a minute each.
@@ -39,6 +51,14 @@ PRESETS |= {
     "digits-sid": dict(steps=900, lr_generator=5e-4, lr_critic=1.5e-3),
     "digits-diff_instruct": dict(steps=600),
     "digits-regression": dict(steps=500, lr_generator=1.5e-3),
+    "digits-f_distill": dict(
+        steps=400, critic_steps=2, w_gan=0.1, w_disc=0.03, divergence="kl"),
+    "digits-decoupled": dict(steps=600, critic_steps=2),
+    "digits-sim": dict(steps=900, lr_generator=5e-4, lr_critic=1.5e-3),
+    "digits-sida": dict(steps=700, lr_generator=5e-4, lr_critic=1.5e-3, w_gan=1e-3, w_disc=0.015),
+    "digits-real_uid": dict(steps=700, lr_generator=5e-4, lr_critic=1.5e-3),
+    "digits-tdm": dict(steps=600, critic_steps=2, sigmas="2.5,0.6", ode_steps=True),
+    "digits-phased": dict(steps=600, critic_steps=2, sigmas="2.5,0.6", ode_steps=True),
 }
 
 # Images from EDM's published teachers, at the papers' settings: days on one GPU.

@@ -13,6 +13,8 @@ and sigma. Only the teacher is guided. The fake score tracks the generator as it
 
 from torch import nn
 
+from nano_dmd.noise import same_shape
+
 
 class RealScore(nn.Module):
     """A teacher's Denoiser with frozen weights and, for conditional teachers, guidance."""
@@ -34,3 +36,12 @@ def guided(denoiser, x, sigma, cond, w):
         return d_cond
     d_uncond = denoiser(x, sigma, None)
     return d_uncond + w * (d_cond - d_uncond)
+
+
+def normaliser(x, d_real):
+    """mean_pixels |x - d_real| (B,), without a graph: DMD divides each sample by it (eq. 8).
+
+    At least 1e-5, as in SiD; DMD2's code replaces 0/0 by 0.  raises ValueError if shapes differ
+    """
+    same_shape(x, d_real)
+    return (x - d_real).detach().abs().flatten(1).mean(1).clamp(min=1e-5)

@@ -17,7 +17,11 @@ practice, because the fake score lags behind the generator.
 
 import torch
 
-from nano_dmd.noise import add_noise, expand, repeated
+from nano_dmd.fake_score import predictions
+from nano_dmd.noise import expand, repeated, same_shape
+from nano_dmd.real_score import normaliser
+
+HUBER = 0.00054                                    # sim_loss's c: iCT's .00054 sqrt(N), as a mean
 
 
 def sid_integrand(x, d_real, d_fake, alpha, normalise=True):
@@ -30,12 +34,10 @@ def sid_integrand(x, d_real, d_fake, alpha, normalise=True):
     returns (B, *S)  differentiable in all three; the normaliser is a constant
     raises ValueError if the shapes differ
     """
-    if not x.shape == d_real.shape == d_fake.shape:
-        shapes = ", ".join(str(tuple(v.shape)) for v in (x, d_real, d_fake))
-        raise ValueError(f"x, d_real and d_fake must agree in shape, got {shapes}")
-    size = (x - d_real).detach().abs().flatten(1).mean(1).clamp(min=1e-5)      # (B,)
+    same_shape(x, d_real, d_fake)
+    size = normaliser(x, d_real) if normalise else x.new_ones(len(x))                # (B,)
     gap = d_real - d_fake
-    return gap * ((d_real - x) - alpha * gap) / (expand(size, x) if normalise else 1.0)
+    return gap * ((d_real - x) - alpha * gap) / expand(size, x)
 
 
 def sid_loss(x, nets, batch, cfg):
@@ -47,7 +49,19 @@ def sid_loss(x, nets, batch, cfg):
     removes.  cfg.normalise off leaves the normaliser out (better in 2D).
     """
     x, cond = repeated(x, batch.cond, cfg.noisings)
-    sigma, noise = batch.noising(cfg.dm_sigma, x)
-    xt = add_noise(x, sigma, noise)
-    d_real, d_fake = nets.real(xt, sigma, cond), nets.fake(xt, sigma, cond)
+    _, _, d_real, d_fake = predictions(x, cond, nets, batch, cfg)
     return sid_integrand(x, d_real, d_fake, cfg.alpha, cfg.normalise).flatten(1).mean(1)
+
+
+def sim_loss(x, nets, batch, cfg):
+    """SIM (arXiv 2410.16794): SiD's integrand at alpha = 1, divided by the size of the gap: (n B,).
+
+        gap (d_fake - x) / sqrt(mean_pixels gap^2 + c^2),    gap = d_real - d_fake
+
+    The paper's pseudo-Huber distance of the scores.  Unlike SiD's, this normaliser has a graph.
+    Differs: c is that of denoisers, for every sigma (paper: of scores; their weight is free).
+    """
+    x, cond = repeated(x, batch.cond, cfg.noisings)
+    _, _, d_real, d_fake = predictions(x, cond, nets, batch, cfg)
+    size = ((d_real - d_fake).square().flatten(1).mean(1) + HUBER**2).sqrt()
+    return sid_integrand(x, d_real, d_fake, 1.0, normalise=False).flatten(1).mean(1) / size

@@ -55,7 +55,7 @@ def given(*noise, **fields):
 def config(**fields):
     """The Config fields a loss reads; noise levels that a test does not set are NaN, so that using one shows."""
     unset = dict.fromkeys(("dm_sigma", "critic_sigma", "gan_sigma"), tensor(math.nan))
-    return SimpleNamespace(**unset | dict(alpha=1.0, normalise=True, reg_loss="l2", noisings=1) | fields)
+    return SimpleNamespace(**unset | dict(alpha=1.0, normalise=True, reg_loss="l2", noisings=1, w_r1=0.0) | fields)
 
 
 def curved_nets():

@@ -716,8 +716,11 @@ class Scale(nn.Module):
         self.a, self.calls = nn.Parameter(torch.tensor(a, dtype=torch.float64)), []
 
     def forward(self, z, cond=None, step=None, start=None):
+        return self.path(z, cond, step, start)[1]
+
+    def path(self, z, cond=None, step=None, start=None):
         self.calls.append((self.a.item(), torch.is_grad_enabled(), (cond, step, start)))
-        return self.a * z[0]
+        return z[0], self.a * z[0]
 
 
 def probe_run(critic_steps=3, lr=0.1, accumulate=1, **fields):
@@ -725,10 +728,11 @@ def probe_run(critic_steps=3, lr=0.1, accumulate=1, **fields):
 
     generator losses:  w_dm * mean x  +  w_gan * mean x^2;    critic loss:  c * mean x, which raises c's gradient mean x
     """
-    log = []
+    log, asked = [], {"linear": [], "fit": []}                    # asked: the fake score's c, as each loss sees it
 
     def linear(x, nets, batch, cfg):
         log.append(("linear", x.requires_grad, batch))
+        asked["linear"].append(nets.fake.a.item())
         return x[:, 0]
 
     def square(x, nets, batch, cfg):
@@ -737,11 +741,13 @@ def probe_run(critic_steps=3, lr=0.1, accumulate=1, **fields):
 
     def fit(x, nets, batch, cfg):
         log.append(("fit", x.requires_grad, batch))
+        asked["fit"].append(nets.fake.a.item())
         return nets.fake.a * x.detach()[:, 0]
 
     method = Method(generator=[("w_dm", linear), ("w_gan", square)], critic=[("w_fake", fit)])
     generator, fake = Scale(2.0), Scale(0.0)
     nets = Nets(nn.Identity(), fake, nn.Identity(), generator, copy.deepcopy(generator).requires_grad_(False), 0.5)
+    nets.asked, nets.slow_fake = asked, copy.deepcopy(fake).requires_grad_(False) if "ema_critic" in fields else fake
     opts = {"generator": torch.optim.SGD(generator.parameters(), lr), "critic": torch.optim.SGD(fake.parameters(), lr)}
     for name, opt in opts.items():
         spy(opt, lambda name=name: log.append((name, None, None)))
@@ -752,7 +758,7 @@ def probe_run(critic_steps=3, lr=0.1, accumulate=1, **fields):
         return Batch(tensor([[1.0], [2.0]]) + k, cond=f"cond {k}", step=k, start=f"start {k}")
 
     cfg = SimpleNamespace(method="probe", critic_steps=critic_steps, accumulate=accumulate, ema=2.0, clip=0.0,
-                          **dict(w_dm=1.0, w_gan=1.0, w_fake=1.0) | fields)
+                          **dict(w_dm=1.0, w_gan=1.0, w_fake=1.0, ema_critic=0.0, ida=0.0) | fields)
     with mock.patch.dict(METHODS, {"probe": method}):
         logs = train_step(nets, opts, draw, cfg, step=10**9)
     return nets, log, logs, next(count)
@@ -849,6 +855,30 @@ def update_with(opt, value, clip=0.0):
         update("generator", nets, {"generator": opt}, [Batch(tensor([[1.0]]))], cfg, {})
 
 
+def test_the_fake_score_follows_the_generator():
+    """IDA: after the step, c <- c + ida (a - c).  As above c = -1.5 and a = .825: ida .2 gives c = -1.035."""
+    nets, _, _, _ = probe_run(critic_steps=3, w_dm=0.5, w_gan=0.2, ida=0.2)
+    assert_close(torch.stack([nets.fake.a, nets.generator.a]).detach(), tensor(-1.035, 0.825), **EXACT)
+
+
+def test_the_generator_is_shown_an_average_of_the_fake_score():
+    """ema_critic: its losses see slow_fake, which each critic update moves by 1 - .5^(1 / half-life); the critic's losses
+    see the fake score itself.  Half-life 1, c = 0, then -.3, -.8, -1.5 after the updates: averages -.15, -.475, -.9875."""
+    nets, _, _, _ = probe_run(critic_steps=3, ema_critic=1.0)
+    assert_close(tensor(*nets.asked["fit"]), tensor(0.0, -0.3, -0.8), **EXACT)
+    assert_close(tensor(*nets.asked["linear"]), tensor(-0.9875), **EXACT)
+    assert_close(torch.stack([nets.fake.a, nets.slow_fake.a]).detach(), tensor(-1.5, -0.9875), **EXACT)
+
+
+def test_there_is_an_average_of_the_fake_score_only_if_asked():
+    """Without one slow_fake is the fake score itself; with one it is frozen, starts equal and is saved and restored."""
+    nets = small_run("sid")[0]
+    assert nets.slow_fake is nets.fake
+    nets = small_run("sid", ema_critic=5.0)[0]
+    assert nets.slow_fake is not nets.fake and not any(p.requires_grad for p in nets.slow_fake.parameters())
+    assert_same(snapshot(nets.fake), snapshot(nets.slow_fake))
+
+
 def test_updates_do_not_accumulate():
     """Each update starts from no gradient: two updates on loss = 3a move a by lr * 3 twice, not by 3 and then 6."""
     a = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
@@ -876,8 +906,16 @@ def test_methods_are_what_the_papers_say():
     assert names["sid"] == (["sid_loss"], ["denoising_loss"])
     assert names["diff_instruct"] == (["diff_instruct_loss"], ["denoising_loss"])
     assert names["regression"] == (["regression_loss"], [])
+    assert names["f_distill"] == (["f_distill_loss", "gan_generator_loss"], ["denoising_loss", "gan_critic_loss"])
+    assert names["decoupled"] == (["matching_loss", "augmentation_loss"], ["denoising_loss"])
+    assert names["sim"] == (["sim_loss"], ["denoising_loss"])
+    assert names["sida"] == (["sida_loss"], ["denoising_loss", "sida_critic_loss"])
+    assert names["real_uid"] == (["real_uid_loss"], ["real_uid_critic_loss"])
+    assert names["tdm"] == (["trajectory_loss"], ["trajectory_denoising_loss"])
+    assert names["phased"] == (["trajectory_loss"], ["phased_denoising_loss"])
     asked = {m: METHODS[m].needs for m in METHODS if METHODS[m].needs}
-    assert asked == {"dmd": ("pairs",), "dmd2": ("real",), "regression": ("pairs",)}
+    assert asked == {"dmd": ("pairs",), "dmd2": ("real",), "regression": ("pairs",), "f_distill": ("real", "ratio"),
+                     "sida": ("real",), "real_uid": ("real",), "tdm": ("ode_steps",), "phased": ("ode_steps",)}
 
 
 def test_a_batch_brings_what_has_a_weight():

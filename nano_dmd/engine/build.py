@@ -20,7 +20,8 @@ def build(cfg, teacher, device):
     """(Nets, {"generator", "critic"} optimisers) of a fresh run."""
     torch.manual_seed(cfg.seed)  # the same run, whether the teacher was cached or not
     lora = partial(lora_copy, rank=cfg.lora_generator), partial(lora_copy, rank=cfg.lora_critic)
-    generator = Generator(teacher.net, cfg.sigma_list(), cfg.unit_noise, copy=lora[0])
+    levels = cfg.sigma_list()
+    generator = Generator(teacher.net, levels, cfg.unit_noise, cfg.ode_steps, copy=lora[0])
     fake = FakeScore(teacher.net, cfg.fake_guidance, copy=lora[1])
     for net in (generator.net, fake.net, teacher.net):
         tune(net, cfg, device)
@@ -29,10 +30,11 @@ def build(cfg, teacher, device):
             p.data = p.data.bfloat16()             # the adapter's noise table stays float32
     discriminator = head(fake, teacher, cfg, device)
     ema = sharing_copy(generator).requires_grad_(False) if cfg.ema else generator
-    for net in (generator.net, fake.net, teacher.net) if cfg.compile else ():
+    for net in {generator.net, fake.net, slow_fake.net, teacher.net} if cfg.compile else ():
         machine.compile_net(net.net)
     real = RealScore(teacher.denoiser, cfg.guidance)
-    nets = Nets(real, fake, discriminator, generator, ema, teacher.sigma_data)
+    slow_fake = sharing_copy(fake).requires_grad_(False) if cfg.ema_critic else fake
+    nets = Nets(real, fake, discriminator, generator, ema, teacher.sigma_data, slow_fake)
     if cfg.reg_loss == "lpips" and "pairs" in needs(cfg):
         nets.lpips = perceptual_distance(cfg, teacher, device)
     if cfg.init:
@@ -80,7 +82,8 @@ def begin_from(folder, nets, device):
     """Load generator and fake score of another run of the same networks (its checkpoint.pt)."""
     path = Path(folder) / "checkpoint.pt"
     saved = load_checkpoint(path, device)["nets"]
-    for net, name in ((nets.generator, "generator"), (nets.fake, "fake"), (nets.ema, "generator")):
+    for name, net in (("generator", nets.generator), ("generator", nets.ema), ("fake", nets.fake),
+                      ("fake", nets.slow_fake)):
         load_weights(net, saved.get(name, {}), path)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from nano_dmd.engine.files import UserError, blame, read_json
 from nano_dmd.engine.schema import WORDS, mismatch, shown
+from nano_dmd.f_distill import WEIGHTS
 from nano_dmd.methods import METHODS, needs
 from nano_dmd.noise import parse_sigma, sd_sigmas
 from nano_dmd.presets import PRESETS
@@ -53,28 +54,39 @@ class Config:
     pair_sigma: float = knob(80.0, "noise level the pairs start from, data units", 0.05, 1e4)
 
     w_dm: float = knob(1.0, "weight of the distribution matching loss", 0, MANY)
+    w_aug: float = knob(1.0, "weight of the guidance augmentation loss", 0, MANY)
     w_reg: float = knob(1.0, "weight of the regression loss", 0, MANY)
     w_gan: float = knob(0.0, "weight of the generator's GAN loss; 0 = GAN off", 0, MANY)
     w_sid: float = knob(1.0, "weight of the SiD loss", 0, MANY)
     w_fake: float = knob(1.0, "weight of the critic's denoising loss", 0, MANY)
     w_disc: float = knob(0.0, "weight of the discriminator loss; 0 = GAN off", 0, MANY)
+    w_r1: float = knob(0.0, "weight of approximate R1 in the discriminator's loss", 0, MANY)
     critic_steps: int = knob(1, "critic updates per generator update (TTUR)", 1, 1000)
     alpha: float = knob(1.0, "SiD's alpha: 0.5 is unbiased, SiD takes 1.0 or 1.2", -100, 100)
     normalise: bool = knob(True, "SiD: divide each sample's loss by mean |x - d_real|")
     fake_guidance: float = knob(1.0, "guidance of the fake score, for SiD-LSG; 1 = off", -100, 100)
     critic_dropout: float = knob(0.0, "share of labels dropped in the denoising loss", 0, 1)
+    divergence: str = knob("js", "f-distill: the f-divergence", choices=tuple(WEIGHTS))
+    ratio: str = knob("critic", "f-distill: p_real / p_fake by the critic, or exact (toy:NAME)",
+                      choices=("critic", "exact"))
+    uid_a: float = knob(0.98, "RealUID's a: share of generated samples for the critic; 1 = all",
+                        0.01, 1)
+    uid_b: float = knob(0.96, "RealUID's b; b / a is .98 or 1.02 in the paper", 0, 2)
+    ida: float = knob(0.0, "share of G mixed into the fake score after each step; 0 = off", 0, 1)
     reg_loss: str = knob("l2", "distance of the regression loss", choices=("l2", "lpips"))
     lpips_decoder: str = knob("madebyollin/taesd", "decodes latents for lpips: a TAESD, or vae")
 
     sigmas: str = knob("2.5", "noise levels of the generator's steps, descending, comma separated; "
                               "t999 = Stable Diffusion's timestep 999, f0.75 = flow time .75")
     unit_noise: bool = knob(False, "the first step sees unit noise (latents), not sigma z")
+    ode_steps: bool = knob(False, "later steps follow the ODE; off: they draw new noise")
     backward_simulation: bool = knob(True, "train later steps on G's own output, not on data")
     dm_sigma: str = knob("karras(0.0032,72)", "noise of the dm and sid losses: karras(low,high), "
                                               "lognormal(mean,std), sd(first,last), flow(low,high)")
     noisings: int = knob(1, "noisings of each sample in the dm and sid losses", 1, 1000)
     critic_sigma: str = knob("lognormal(-1.2,1.2)", "noise of the denoising loss")
     gan_sigma: str = knob("lognormal(-1.2,1.2)", "noise of the GAN losses")
+    least_sigma: float = knob(0.02, "least noise of losses that are tied to a step", 1e-5, 1e4)
 
     batch: int = knob(64, "samples per update, over all processes", 1, 10**6)
     lr_generator: float = knob(1e-3, "Adam's rate for the generator", TINY, 10)
@@ -86,6 +98,8 @@ class Config:
     decay_from: float = knob(0.5, "part of the run after which rates fall to 0; 1 = never", 0, 1)
     clip: float = knob(10.0, "limit of the gradient's norm, over one optimiser; 0 = off", 0, MANY)
     ema: float = knob(50.0, "half-life of the generator's average, updates; 0 = none", 0, MANY)
+    ema_critic: float = knob(0.0, "half-life of an average of the fake score that the generator's "
+                                  "losses ask, critic updates; 0 = none", 0, MANY)
 
     device: str = knob("auto", "auto | cpu | cuda | cuda:1 ...")
     threads: int = knob(0, "CPU threads; 0 = torch's choice", 0, 1024)
@@ -243,8 +257,27 @@ def validate(cfg):
         raise UserError("--half_frozen needs --bf16: give both or neither")
     if cfg.offload_teacher and (cfg.lora_generator or cfg.lora_critic or cfg.shard):
         raise UserError("--offload_teacher does not go with LoRA or --shard: leave it out")
-    if bool(cfg.w_gan) != bool(cfg.w_disc):
+    validate_method(cfg)
+
+
+def validate_method(cfg):
+    """Raise UserError for settings of losses that do not go together."""
+    wanted = METHODS[cfg.method].needs
+    by_critic = "ratio" in wanted and cfg.ratio == "critic"       # it may do without w_gan
+    if bool(cfg.w_gan) != bool(cfg.w_disc) and not (by_critic and cfg.w_disc):
         raise UserError(f"--w_gan {cfg.w_gan} and --w_disc {cfg.w_disc}: give both, or 0 to both")
+    if by_critic and not cfg.w_disc:
+        raise UserError("--w_disc 0: this method reads p_real / p_fake off its discriminator, give "
+                        "--w_disc, or --ratio exact with a teacher toy:NAME")
+    if "ratio" in wanted and cfg.ratio == "exact" and not cfg.teacher.startswith("toy:"):
+        raise UserError(f"--ratio exact needs a teacher toy:NAME, not {cfg.teacher!r:.80}")
+    if "ode_steps" in wanted and not cfg.ode_steps:
+        raise UserError("this method trains steps of the ODE: add --ode_steps")
+    if cfg.uid_a == 1 and cfg.uid_b != 1:
+        raise UserError(f"--uid_b {cfg.uid_b}: with --uid_a 1 the critic sees no real data; give 1")
+    if cfg.ida and cfg.lora_generator != cfg.lora_critic:
+        raise UserError("--ida mixes two networks of one kind: give --lora_generator and "
+                        "--lora_critic the same rank")
 
 
 def as_number(text, kind):

@@ -58,7 +58,7 @@ def diagnose(nets, batch, cfg):
     batch = replace(batch, seen={})
     with forked(batch.z.device):
         with torch.no_grad():
-            x = nets.generator(batch.z, batch.cond, batch.step, batch.start)
+            batch.xt, x = nets.generator.path(batch.z, batch.cond, batch.step, batch.start)
             mesm, fake_loss = gaps(x, nets, batch.cond)
         norms = gradient_norms(x, nets, batch, cfg)
     spread = x.std(0).mean() if len(x) > 1 else None              # one sample has none

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from nano_dmd.engine.cache import sources
-from nano_dmd.engine.parallel import joint
+from nano_dmd.engine.parallel import everyone, joint
 from nano_dmd.methods import needs
 from nano_dmd.noise import draw_sigma, expand
 from nano_dmd.teachers.data import look_up
@@ -24,16 +24,20 @@ class Batch:
     cond      None | (B,) class labels | (B, T, C) text embeddings
     fake_cond cond for the denoising loss, where some labels are dropped (cfg.critic_dropout)
     step      int         the generator step that is trained (0 for one-step)
+    level     float       noise level of its input, and next_level that of the next step's, 0 after
+                          the last
     start     (B, *S)     data to noise instead of simulating earlier steps (only for comparison)
     real      (B, *S)     data, with its own labels real_cond          (GAN only)
     pair_z    (1, B, *S)  noise, and the teacher's Heun answer pair_x   (regression only)
-    x         (B, *S)     the generator's samples, once they are made (methods.samples)
+    xt, x     (B, *S)     that input and the generator's answer, once made (methods.samples)
     seen      {loss name: (sigma | None, values)}, (n B,) each for n noisings: logs, NaN reports
     """
 
     z: torch.Tensor
     cond: torch.Tensor | None = None
     step: int = 0
+    level: float = 0.0
+    next_level: float = 0.0
     start: torch.Tensor | None = None
     real: torch.Tensor | None = None
     real_cond: torch.Tensor | None = None
@@ -41,6 +45,7 @@ class Batch:
     pair_z: torch.Tensor | None = None
     pair_x: torch.Tensor | None = None
     pair_cond: torch.Tensor | None = None
+    xt: torch.Tensor | None = None
     x: torch.Tensor | None = None
     sigma: torch.Tensor | None = None
     seen: dict = field(default_factory=dict)
@@ -55,6 +60,10 @@ class Batch:
         noise = torch.randn(n, *x.shape[1:], device=x.device, dtype=x.dtype)[mine]
         self.sigma = sigma if self.sigma is None else self.sigma  # generated samples' come first
         return sigma, noise
+
+    def jointly(self, function, *values):
+        """function of values (B, ...) of all processes together; returns this one's rows of it."""
+        return function(*map(everyone, values))[joint(len(values[0]))[1]]
 
     def keep(self, name, values):
         """The mean of a loss's values (B,); remembers them with the sigmas of their noising."""
@@ -75,7 +84,7 @@ class Draw:
         self.prompts, self.rng = prompts, rng
         self.device = device
         self.sources = sources(cfg)  # once: a large folder takes seconds to look through
-        self.k, self.latest = len(cfg.sigma_list()), None
+        self.levels, self.latest = [*cfg.sigma_list(), 0.0], None
 
     def integers(self, high, n):
         """n random numbers below high, on the CPU: tables are looked up there without a wait."""
@@ -103,16 +112,18 @@ class Draw:
         cfg, parts = self.cfg, joint(1)[0] * self.cfg.accumulate
         n = cfg.batch // parts
         count, mine = joint(n)
-        z = torch.randn(count, self.k, *self.teacher.shape, device=self.device)[mine]
+        k = len(self.levels) - 1
+        z = torch.randn(count, k, *self.teacher.shape, device=self.device)[mine]
         kinds = len(self.prompts) if self.prompts else self.teacher.classes
         cond = self.cond(self.integers(kinds, n)) if kinds else None
         batch = self.latest = Batch(z.transpose(0, 1), cond)
         if cfg.critic_dropout and kinds:
             batch.fake_cond = self.dropped(batch.cond, n)
-        if self.k > 1:
-            batch.step = int(torch.randint(self.k, (), generator=self.rng))
+        if k > 1:
+            batch.step = int(torch.randint(k, (), generator=self.rng))
             if not cfg.backward_simulation:
                 batch.start, batch.cond = self.real(n)
+        batch.level, batch.next_level = self.levels[batch.step : batch.step + 2]
         if "real" in needs(cfg):
             batch.real, batch.real_cond = self.real(n)
         if "pairs" in needs(cfg):

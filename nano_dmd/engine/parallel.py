@@ -34,6 +34,15 @@ def joint(n):
     return n * count, slice(rank * n, rank * n + n)
 
 
+def everyone(values):
+    """values (n, ...) of every process, in the order of joint's rows."""
+    if not dist.is_initialized():
+        return values
+    found = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, values.contiguous())
+    return torch.cat(found)
+
+
 def begin(cfg, device):
     """Join the other processes, if torchrun started several; returns place().  raises UserError."""
     rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -92,8 +101,10 @@ def share(nets, opts, cfg):
             shard(group, opts[which])
         else:  # some weights get no gradient: unused classes, say
             ddp[which] = DistributedDataParallel(Group(*group), find_unused_parameters=True)
-    if cfg.shard and not cfg.lora_generator and nets.ema is not nets.generator:
-        shard([nets.ema.net])
+    averages = dict(generator=(nets.ema, nets.generator), critic=(nets.slow_fake, nets.fake))
+    for which, (average, net) in averages.items():
+        if cfg.shard and not lora[which] and average is not net:
+            shard([average.net])
     if cfg.shard and not any(lora.values()) and isinstance(nets.real.denoiser, nn.Module):
         shard([nets.real.denoiser])
 

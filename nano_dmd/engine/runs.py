@@ -17,7 +17,7 @@ from nano_dmd.engine.schema import wrong_tensors
 from nano_dmd.generator import Generator
 from nano_dmd.teachers.zoo import save_teacher
 
-TRAINED = ("fake", "discriminator", "generator", "ema")
+TRAINED = ("fake", "discriminator", "generator", "ema", "slow_fake")
 
 
 def open_folder(cfg, teacher, device, step, before, processes):
@@ -105,7 +105,8 @@ def load_run(folder, device="cpu"):
     cfg = read_config(folder)
     teacher = find_teacher(cfg, device, resumed=folder)
     lora = partial(lora_copy, rank=cfg.lora_generator)
-    generator = Generator(teacher.net, cfg.sigma_list(), cfg.unit_noise, copy=lora)
+    generator = Generator(teacher.net, cfg.sigma_list(), cfg.unit_noise, cfg.ode_steps,
+                          copy=lora)
     path = folder / "generator.safetensors"
     files.load_weights(generator, files.load_tensors(path), path)
     generator.net.bf16 = teacher.net.bf16 = cfg.bf16 and fast_bf16(device)

@@ -31,7 +31,10 @@ RUNS = {
     "toy sid": TOY,
     "toy dmd with pairs": [*TOY, "--method", "dmd", "--pairs", "50", "--pair_steps", "4"],
     "toy dmd2 with GAN": [*TOY, "--method", "dmd2", "--w_gan", "0.1", "--w_disc", "0.03", "--critic_steps", "2"],
+    "toy f_distill, averaged critic": [*TOY, "--method", "f_distill", "--ema_critic", "5", "--ida", ".01"],
+    "toy f_distill, exact ratio": [*TOY, "--method", "f_distill", "--ratio", "exact", "--noisings", "2"],
     "digits dmd2, 2 steps": [*DIGITS, "--steps", "9", "--log_every", "2", "--sample_every", "5"],
+    "digits phased": [*DIGITS, "--method", "phased", "--ode_steps", "--steps", "4"],
     "digits dmd2, forward noised": [*DIGITS, "--steps", "4", "--no-backward_simulation"],
 }
 

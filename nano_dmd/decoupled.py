@@ -1,0 +1,54 @@
+"""Decoupled DMD (arXiv 2511.22677): guidance and distribution matching are two forces.
+
+With a guided teacher d_real = d_uncond + w (d_cond - d_uncond), DMD's bracket splits exactly:
+
+    d_fake - d_real = (d_fake - d_cond)  -  (w - 1) (d_cond - d_uncond)
+                       matching              augmentation
+
+Matching stops where the generator's distribution is the teacher's, unguided. Augmentation does not
+look at the fake score at all: it is a constant push towards the condition, without a point where it
+stops. The paper calls it the engine of text-to-image students, and matching their shield. Apart,
+each can have noise levels of its own: matching all of them, augmentation only those that are
+cleaner than the input of the step that made x.
+"""
+
+import torch
+
+from nano_dmd.dmd_loss import descend, dmd_gradient
+from nano_dmd.noise import add_noise, expand, interval, repeated, same_shape
+from nano_dmd.real_score import normaliser
+
+
+def augmentation_gradient(x, d_cond, d_uncond, w):
+    """-(w - 1) (d_cond - d_uncond) / mean_pixels |x - d_cond|; descend it.  Paper eq. 6.
+
+    x, d_cond, d_uncond (B, *S): samples, and predictions at one xt with and without the condition
+    returns (B, *S) without a graph; zero at w = 1.  raises ValueError if the shapes differ
+    Differs: CDM (losses.py:17-115) has w where w - 1 belongs, and bounds the denominator at .1.
+    """
+    same_shape(x, d_cond, d_uncond)
+    return (-(w - 1) * (d_cond - d_uncond) / expand(normaliser(x, d_cond), x)).detach()
+
+
+def matching_loss(x, nets, batch, cfg):
+    """dmd_loss with the unguided teacher, at cfg.dm_sigma; returns (n B,), n = cfg.noisings."""
+    x, cond = repeated(x, batch.cond, cfg.noisings)
+    sigma, noise = batch.noising(cfg.dm_sigma, x)
+    xt = add_noise(x, sigma, noise)
+    with torch.no_grad():
+        d_cond, d_fake = nets.real.denoiser(xt, sigma, cond), nets.fake(xt, sigma, cond)
+    return descend(x, dmd_gradient(x, d_cond, d_fake)).flatten(1).mean(1)
+
+
+def augmentation_loss(x, nets, batch, cfg):
+    """Descend augmentation_gradient; w = cfg.guidance.  Returns (n B,), n = cfg.noisings.
+
+    sigma is karras(cfg.least_sigma,s), s the noise level of the step that made x.
+    """
+    x, cond = repeated(x, batch.cond, cfg.noisings)
+    sigma, noise = batch.noising(interval(0, batch.level, cfg.least_sigma), x)
+    xt, real = add_noise(x, sigma, noise), nets.real.denoiser
+    with torch.no_grad():
+        d_cond, d_uncond = real(xt, sigma, cond), real(xt, sigma, None)
+    g = augmentation_gradient(x, d_cond, d_uncond, cfg.guidance)
+    return descend(x, g).flatten(1).mean(1)

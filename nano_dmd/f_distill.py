@@ -1,0 +1,93 @@
+"""f-distill (arXiv 2502.15681): DMD's gradient, each sample weighted by how real it looks.
+
+    grad_theta D_f(p_real || p_fake) = E[ h(r) (s_fake(xt) - s_real(xt)) dx/dtheta ]
+    r = p_real(xt) / p_fake(xt),      h(r) = f''(r) r^2,      D_f = E_fake[ f(r) ]
+
+DMD descends the reverse KL divergence: h = 1.  It seeks modes: samples that look fake everywhere
+cost much, a missing mode costs little.  Where h grows with r, as in the forward KL, the samples
+count most that lie where real data is rare among the fakes.  That covers modes.  The ratio r comes
+from the GAN's discriminator: a perfect logit is ln r.
+"""
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from nano_dmd.dmd_loss import descend, dmd_gradient
+from nano_dmd.fake_score import predictions
+from nano_dmd.noise import expand, repeated
+
+WEIGHTS = {                            # h(r) by divergence; f(r) is beside it
+    "rkl": torch.ones_like,            # -ln r: reverse KL, DMD
+    "kl": lambda r: r,                 # r ln r: forward KL
+    "js": lambda r: r / (r + 1),       # r ln r - (r + 1) ln((r + 1) / 2): Jensen-Shannon
+    "sf": lambda r: 1 / (r + 1),       # (r + 1) ln(1/2 + 1/(2r)): softened reverse KL
+    "sh": lambda r: r.sqrt() / 2,      # (1 - sqrt r)^2: squared Hellinger
+    "jf": lambda r: r + 1,             # (r - 1) ln r: Jeffreys
+    "neyman": lambda r: 2 / r,         # (1 - r)^2 / r: an extreme mode seeker
+}
+
+
+def centred(ratio, sigma, bins=10):
+    """ratio (B,) over its mean in each of some bins of log sigma (B,): E_fake[r] = 1 at any sigma.
+
+    The bins are equally wide and cover the batch.  Differs: FastGen's are linear in sigma.  With
+    EDM's noise, 64 percent of the samples would share the first.
+    """
+    low, high = sigma.log().aminmax()
+    place = (sigma.log() - low) / (high - low).clamp(min=1e-6)                 # in [0, 1]
+    member = F.one_hot((bins * place).long().clamp(max=bins - 1), bins).to(ratio)       # (B, bins)
+    mean = (ratio @ member) / member.sum(0).clamp(min=1)
+    return ratio / (member @ mean)
+
+
+def sample_weights(logits, sigma, divergence):
+    """h(r) over its mean: the weight of each sample, (B,).  logits = ln r and sigma are (B,).
+
+    r is clipped to [.1, 20] before it is centred, as in FastGen (f_distill.py:19-111).  The batch
+    is that of all processes together, so that N of them do what one would.
+    """
+    ratio = logits.clamp(-10, 10).exp().clamp(0.1, 20)
+    h = WEIGHTS[divergence](centred(ratio, sigma))
+    return h / h.mean()
+
+
+def kernel_log_density(xt, x, sigma, copies=1):
+    """log p_fake(xt) (B,) from the other samples of the batch, each a Gaussian of std sigma.
+
+    x (B, *S) are samples, `copies` of each in a row; xt_i is x_i noised by sigma_i.  Without x_i
+    itself the density has no bias.  For few dimensions: in many, no other sample is near.
+    """
+    xt, x = xt.flatten(1), x.flatten(1)
+    square = (xt[:, None] - x).square().sum(2) / (2 * sigma[:, None] ** 2)               # (B, B)
+    place = torch.arange(len(x), device=x.device) // copies
+    others = (-square).masked_fill(place[:, None] == place, -torch.inf).logsumexp(1)
+    volume = x.shape[1] * (sigma.log() + math.log(2 * math.pi) / 2)
+    return others - math.log(len(x) - copies) - volume
+
+
+def exact_log_ratio(real, x, xt, sigma, copies=1):
+    """ln r (B,) where the teacher has a density: a mixture.  p_fake is the batch's own."""
+    return real.log_prob(xt, sigma) - kernel_log_density(xt, x, sigma, copies)
+
+
+def f_distill_loss(x, nets, batch, cfg):
+    """dmd_loss with sample_weights: (n B,), n = cfg.noisings.  cfg.divergence names h.
+
+    With "rkl" it is dmd_loss.  The GAN term is a loss of its own, as in DMD2.  ln r belongs to the
+    xt and sigma of the gradient that h multiplies.  Differs: a public reimplementation
+    (AaronCaoZJ/DMDs sd_guidance.py:184-230) draws new ones for it.
+    """
+    x, cond = repeated(x, batch.cond, cfg.noisings)
+    with torch.no_grad():
+        xt, sigma, d_real, d_fake = predictions(x, cond, nets, batch, cfg)
+        if cfg.ratio == "critic":
+            logits = nets.discriminator(nets.fake.features(xt, sigma, cond))
+        else:
+            exact = partial(exact_log_ratio, nets.real.denoiser, copies=cfg.noisings)
+            logits = batch.jointly(exact, x, xt, sigma)
+        h = batch.jointly(partial(sample_weights, divergence=cfg.divergence), logits, sigma)
+    g = expand(h, x) * dmd_gradient(x, d_real, d_fake)
+    return descend(x, g).flatten(1).mean(1)
