@@ -13,6 +13,7 @@ images  fixed_fd, fixed_precision, fixed_recall   stand-ins without a download; 
         in3       share within 3 std of a mode (true samples .989 in 2D)
         modes     modes that hold more than a quarter of their share
         weight_error   largest relative error of a mode's share
+all     pairing   correlation with what the teacher's ODE makes of the same noise (1 = copies it)
 text    fid, clip   see metrics/text.py
 """
 
@@ -71,6 +72,21 @@ def milliseconds(sample, teacher, device, k=1, batch=64, repeats=5):
     return 1000 * machine.median_seconds(lambda: sample(z, cond), device, repeats, limit=10)
 
 
+@torch.no_grad()
+def pairing(generator, real, shape, classes, n=500):
+    """Correlation of G(z) and the teacher's Heun answer to z, class means taken away; a float."""
+    rng, device = torch.Generator().manual_seed(7), next(generator.parameters()).device
+    z = torch.randn(len(generator.sigmas), n, *shape, generator=rng).to(device)
+    groups = min(max(classes, 1), 50)
+    group = torch.arange(n, device=device) % groups
+    cond = group if classes else None
+    pair = torch.stack([generator(z, cond), heun(real, z[0], cond)]).flatten(2).double()
+    for i in range(groups):
+        pair[:, group == i] -= pair[:, group == i].mean(1, keepdim=True)
+    a, b = pair                                                   # (n, D) each
+    return ((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()).item()
+
+
 def report_rows(generator, teacher, data, cfg, draws=5):
     """{"real halves", "teacher", cfg.method: {metric: number}}, NFE (network calls) and speed.
 
@@ -92,6 +108,7 @@ def report_rows(generator, teacher, data, cfg, draws=5):
     result["teacher"]["seconds"] = teacher.recipe["seconds"] or None           # if trained here
     student = result[cfg.method] = row(generator, k, k, draws)
     student["speed-up"] = student["samples/s"] / result["teacher"]["samples/s"]
+    student["pairing"] = pairing(generator, real, teacher.shape, teacher.classes)
     return result
 
 
@@ -175,7 +192,7 @@ def wanted_metrics(asked, teacher, data_name):
     elif pictures and set(wanted) & set(inception.METRICS) - set(own):
         how, known = "inception", inception.METRICS
     else:
-        how, known = "own", (*own, "NFE", "samples/s")
+        how, known = "own", (*own, "NFE", "samples/s", "pairing")
     wrong = [name for name in wanted if name not in known]
     if how == "text" and not wanted:
         wrong = ["--metric"]

@@ -8,7 +8,8 @@ U-Net students that start from unit noise (DMD, DMD2) get an LCMScheduler, whose
 predict x0, noise it again. SiD's student starts from sigma z at timestep 625. It gets an Euler
 scheduler that knows only the first 626 timesteps and makes one step. Flow students get a
 FlowMatchLCMScheduler without shift. It cannot store its times, so they stand in the call, which the
-model card shows. LoRA updates are merged into the weights; pytorch_lora_weights.safetensors holds
+model card shows. Students with --ode_steps get DDIM, or Euler for flow: the same step. LoRA
+updates are merged into the weights; pytorch_lora_weights.safetensors holds
 them alone.
 """
 
@@ -73,14 +74,15 @@ def scheduler(cfg, kind, config, side):
     from diffusers import EulerDiscreteScheduler, LCMScheduler
 
     if kind.call:
-        from diffusers import FlowMatchLCMScheduler
+        from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 
         if not cfg.unit_noise:
             raise UserError("flow students are exported if they start from unit noise: train with "
                             "--unit_noise")
         times = [round(s / (1 + s), 6) for s in cfg.sigma_list()]
         call = kind.call.format(times=times, timesteps=[1000 * t for t in times], side=side)
-        return FlowMatchLCMScheduler(shift=1.0), call
+        flow = FlowMatchEulerDiscreteScheduler if cfg.ode_steps else FlowMatchLCMScheduler
+        return flow(shift=1.0), call
     steps = timesteps(cfg)
     call = f"num_inference_steps={len(steps)}, guidance_scale=0"
     if not cfg.unit_noise:
@@ -93,6 +95,8 @@ def scheduler(cfg, kind, config, side):
         return EulerDiscreteScheduler.from_config(
             config, num_train_timesteps=count, trained_betas=betas.tolist(),
             timestep_spacing="trailing"), call
+    if cfg.ode_steps:
+        return ddim(config, steps), call
     lcm = LCMScheduler.from_config(config, original_inference_steps=len(steps),
                                    timestep_spacing="leading", clip_sample=False)
     lcm.set_timesteps(len(steps))
@@ -100,6 +104,19 @@ def scheduler(cfg, kind, config, side):
         return lcm, call
     call = f"timesteps={steps}, guidance_scale=0"
     return LCMScheduler.from_config(config, clip_sample=False), call
+
+
+def ddim(config, steps):
+    """The scheduler of a Stable Diffusion student with --ode_steps.  raises UserError."""
+    from diffusers import DDIMScheduler
+
+    found = DDIMScheduler.from_config(config, timestep_spacing="trailing", clip_sample=False,
+                                      set_alpha_to_one=True)
+    found.set_timesteps(len(steps))
+    if (own := found.timesteps.tolist()) != steps:
+        raise UserError(f"with --ode_steps the timesteps must be DDIM's, {own}, not {steps}: train "
+                        "with --sigmas t999,t749,t499,t249 and the like")
+    return found
 
 
 def lora_weights(network, part):

@@ -92,7 +92,7 @@ def train_step(nets, opts, draw, cfg, step):
     critic_requires_grad(nets, False)              # 2. move G; the critic's weights rest meanwhile
     update("generator", replace(nets, fake=nets.slow_fake), opts, batches, cfg, logs)
     update_ema(nets.ema, nets.generator, step, cfg.ema)           # 3. the copy we sample from
-    if cfg.ida:                                    # IDA (SenseFlow): the fake score follows G
+    if cfg.ida:                                    # IDA: the fake score follows G
         lerp(nets.fake, nets.generator, cfg.ida)
     return logs
 

@@ -119,6 +119,29 @@ PRESETS |= {
 PRESETS["cifar10-diff_instruct"] = dict(
     SID, dm_sigma="lognormal(-1.2,1.2)", sigmas="1", steps=390_000, batch=128, w_dm=3072, ema=3906)
 
+# f-distill: FastGen's configs for CIFAR-10 (100k iterations) and ImageNet-64 (600k); the paper's
+# divergences.  SIM has published no training code: SiD's settings.
+# SiDA: 300 M images.  Differs: there G rests for 100k images, its GAN term begins at 200k, and the
+# critic's gradients are clipped value by value.
+# RealUID train_distil.py: a U-Net of flow matching, 800k iterations of which every sixth moves G.
+PRESETS |= {
+    "cifar10-f_distill": dict(CIFAR_DMD2, divergence="kl"),
+    "cifar10-uncond-f_distill": dict(CIFAR_DMD2, divergence="kl"),
+    "imagenet64-f_distill": dict(
+        DMD, steps=120_000, batch=512, lr_generator=2e-6, lr_critic=2e-6, critic_steps=5,
+        w_gan=3e-3, w_disc=1e-2, divergence="js"),
+    "cifar10-sim": dict(SID, steps=1_953_125),
+    "cifar10-sida": dict(SID, steps=1_171_875, alpha=1.0, w_gan=1e-4, w_disc=1.0),
+    "cifar10-uncond-sida": dict(SID, steps=1_171_875, alpha=1.0, w_gan=1e-4, w_disc=1.0),
+}
+UID = dict(
+    SID, sigmas="80", dm_sigma="flow(0.002,0.987)", critic_sigma="flow(0.002,0.987)", batch=256,
+    steps=133_333, critic_steps=5, lr_generator=3e-5, lr_critic=3e-5, clip=1, ema=1155)
+PRESETS |= {
+    "cifar10-real_uid": dict(UID, uid_a=0.98, uid_b=0.96),
+    "cifar10-uncond-real_uid": dict(UID, uid_a=0.92, uid_b=0.94),
+}
+
 # Stable Diffusion 1.5 with --prompts FILE; the published batch on one GPU by --accumulate.
 SD = dict(
     teacher="stable-diffusion-v1-5/stable-diffusion-v1-5", bf16=True, half_frozen=True,
@@ -128,6 +151,8 @@ SD = dict(
     pair_sigma=14.6, log_every=20,
     sample_every=100, save_every=200)
 SD_DMD2 = dict(steps=4000, batch=2048, guidance=1.75, critic_steps=10)
+SMALL_BATCH = dict(
+    steps=2000, batch=8, guidance=1.75, critic_steps=5, sigmas="t999,t749,t499,t249")
 PRESETS |= {
     "sd15": dict(SD, method="dmd2"),
     # DMD paper, B.3.  Differs: L2 on latents (there --reg_loss lpips), Heun (there PNDM, 50 steps).
@@ -140,6 +165,12 @@ PRESETS |= {
         lr_critic=5e-7),
     # DMD2 does several steps for SDXL alone.
     "sd15-dmd2-4step": dict(SD | SD_DMD2, method="dmd2", sigmas="t999,t749,t499,t249"),
+    # f-distill's own settings for one step; and two methods on two cards of 32 GB, batch 4 each:
+    # AaronCaoZJ/DMDs.  Guidance is DMD2's; the fork does not say another.
+    "sd15-f_distill": dict(SD_DMD2, w_gan=1e-3, w_disc=1e-2, divergence="js"),
+    "sd15-f_distill-4step": dict(
+        SD | SMALL_BATCH, method="f_distill", w_gan=1e-3, w_disc=1e-2, divergence="js"),
+    "sd15-decoupled-4step": dict(SD | SMALL_BATCH, method="decoupled"),
     # SiD-LSG run_sid.sh:61-88, 10 M images.  Differs: guidance is 2 there; 1.5 has the best FID.
     "sd15-sid": dict(
         steps=19_531, batch=512, sigmas="t625", unit_noise=False, guidance=1.5, fake_guidance=1.5,

@@ -72,7 +72,7 @@ def complain(tmp_path, monkeypatch, capfd):
 MISTAKES = [
     (["--preset", "nope"], "unknown preset 'nope'"),
     (["--preset", "toy-nope"], "unknown preset 'toy-nope'"),
-    (["--method", "gan"], "--method must be one of dmd, dmd2, sid, diff_instruct, regression, got 'gan'"),
+    (["--method", "gan"], f"--method must be one of {', '.join(methods.METHODS)}, got 'gan'"),
     (["--nope", "1"], "--nope"),
     (["--meth", "sid"], "--meth"),                                                    # no abbreviations
     (["--batchsize", "3"], "--batchsize"),
@@ -112,6 +112,13 @@ MISTAKES = [
     (["--method", "sid", "--w_gan", "1"], "give both, or 0 to both"),
     (["--method", "sid", "--w_sid", "0"], "--w_sid"),
     (["--method", "regression", "--w_reg", "0"], "--w_reg"),
+    (["--method", "f_distill", "--w_gan", "0", "--w_disc", "0"], "--w_disc 0: this method reads p_real / p_fake off its"),
+    (["--method", "f_distill", "--ratio", "exact"], "--ratio exact needs a teacher toy:NAME, not 'digits'"),
+    (["--method", "f_distill", "--w_disc", "0"], "--w_gan 0.1 and --w_disc 0.0: give both"),
+    (["--method", "f_distill", "--divergence", "tv"], "--divergence must be one of rkl, kl, js, sf, sh, jf, neyman, got 'tv'"),
+    (["--method", "tdm", "--no-ode_steps"], "trains steps of the ODE: add --ode_steps"),
+    (["--method", "real_uid", "--uid_a", "1"], "--uid_b 0.96: with --uid_a 1 the critic sees no real data; give 1"),
+    (["--preset", "sd15-dmd2", "--ida", ".01", "--lora_critic", "4"], "--ida mixes two networks of one kind"),
     (["--teacher", "nope"], "no teacher 'nope'"),
     (["--teacher", "toy"], "no teacher 'toy'"),
     (["--teacher", "toy:nope"], "no mixture 'toy:nope'"),

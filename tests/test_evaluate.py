@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
+from closed_forms import rng
 from nano_dmd import evaluate
+from nano_dmd.denoiser import heun
 from nano_dmd.engine import progress, runs
 from nano_dmd.engine.config import resolve
 from nano_dmd.engine.prepare import prepare
@@ -121,6 +124,31 @@ def test_measure_depends_on_nothing_but_the_sampler():
     first = evaluate.measure(lambda z, cond: 0.1 * z[0], ring, draws=1)
     torch.randn(7)
     assert evaluate.measure(lambda z, cond: 0.1 * z[0], ring, draws=1) == first
+
+
+class Answer(nn.Module):
+    """A one-step generator that answers function(z[0], cond)."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.sigmas, self.weight = function, (1.0,), nn.Parameter(torch.zeros(()))
+
+    def forward(self, z, cond=None):
+        return self.function(z[0], cond)
+
+
+def test_pairing_is_a_correlation_within_the_classes():
+    """1 for a student that gives the teacher's own answers, in any affine units; near 0 for one that ignores z, or knows the
+    class alone, as 500 pairs resolve it (five standard errors, .22); -1 for the mirrored ring."""
+    ring = MIXTURES["ring8"]()
+    apart = Mixture([[-3.0, 0.0], [3.0, 0.0]], 0.3, labels=torch.tensor([0, 1]))
+    for teacher, classes in ((ring, 0), (apart, 2)):
+        own = lambda z, cond: heun(teacher, z, cond)
+        found = lambda function: evaluate.pairing(Answer(function), teacher, (2,), classes)
+        assert found(own) == pytest.approx(1, abs=1e-6) and found(lambda z, c: 3 * own(z, c) + 1) == pytest.approx(1, abs=1e-6)
+        assert found(lambda z, c: -own(z, c)) == pytest.approx(-1, abs=1e-6)
+        assert abs(found(lambda z, c: own(z, c).roll(2, 0))) < 0.22               # the same classes, other noise
+    assert abs(found(lambda z, c: (6.0 * c[:, None] - 3) + 0.3 * torch.randn(z.shape, generator=rng(3)))) < 0.22
 
 
 def test_a_folder_that_is_no_run(tmp_path):

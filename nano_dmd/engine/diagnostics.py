@@ -55,7 +55,7 @@ def gradient_norms(x, nets, batch, cfg):
 
 def diagnose(nets, batch, cfg):
     """All of the above as plain numbers.  Its random draws do not change the training."""
-    batch = replace(batch, seen={})
+    batch = replace(batch, seen={}, alone=True)
     with forked(batch.z.device):
         with torch.no_grad():
             batch.xt, x = nets.generator.path(batch.z, batch.cond, batch.step, batch.start)

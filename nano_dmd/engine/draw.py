@@ -30,6 +30,7 @@ class Batch:
     real      (B, *S)     data, with its own labels real_cond          (GAN only)
     pair_z    (1, B, *S)  noise, and the teacher's Heun answer pair_x   (regression only)
     xt, x     (B, *S)     that input and the generator's answer, once made (methods.samples)
+    alone     bool        the other processes do not ask now: jointly is this one's own (diagnose)
     seen      {loss name: (sigma | None, values)}, (n B,) each for n noisings: logs, NaN reports
     """
 
@@ -48,6 +49,7 @@ class Batch:
     xt: torch.Tensor | None = None
     x: torch.Tensor | None = None
     sigma: torch.Tensor | None = None
+    alone: bool = False
     seen: dict = field(default_factory=dict)
 
     def noising(self, spec, x):
@@ -63,6 +65,8 @@ class Batch:
 
     def jointly(self, function, *values):
         """function of values (B, ...) of all processes together; returns this one's rows of it."""
+        if self.alone:
+            return function(*values)
         return function(*map(everyone, values))[joint(len(values[0]))[1]]
 
     def keep(self, name, values):

@@ -534,6 +534,11 @@ def test_export_mistakes(sd, prompts, toy_run, tmp_path, fast):
     train.main(["--preset", "sd15-dmd2", "--teacher", sd, "--prompts", prompts, *RUN, "--sigmas", "3.0", "--out", run])
     with pytest.raises(UserError, match="no timestep of Stable Diffusion"):
         export.main([run, "--to", str(tmp_path / "x")])
+    run = str(tmp_path / "ode")
+    train.main(["--preset", "sd15-dmd2", "--teacher", sd, "--prompts", prompts, *RUN, "--sigmas", "t999,t600", "--ode_steps",
+                "--out", run])
+    with pytest.raises(UserError, match=r"must be DDIM's, \[999, 499\], not \[999, 600\]"):
+        export.main([run, "--to", str(tmp_path / "x")])
     (tmp_path / "x").mkdir()
     with pytest.raises(UserError, match="exists already"):
         export.main([run, "--to", str(tmp_path / "x")])

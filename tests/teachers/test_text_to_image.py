@@ -268,6 +268,8 @@ def test_the_one_step_pair_of_sdxl(pipes, prompts, photos, tmp_path, fast, piq):
 
 EXPORTS = [("sdxl-dmd2-4step", "sdxl", []), ("sdxl-dmd2-4step", "sdxl", LORA), ("sdxl-dmd2", "sdxl", []),
            ("sana-sid", "sana", []), ("sana-sid", "sana", LORA), ("sana-dmd2", "sana", ["--sigmas", "f0.999"]),
+           ("sdxl-dmd2-4step", "sdxl", ["--ode_steps"]), ("sana-sid", "sana", ["--ode_steps"]),
+           ("sana-sid", "prx", ["--ode_steps"]),
            ("sana-sid", "prx", LORA), ("sana-sid", "sd3", LORA), ("sana-sid", "sd3", ["--sigmas", "f0.999,f0.9,f0.75,f0.5"])]
 
 
