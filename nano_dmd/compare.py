@@ -25,7 +25,8 @@ from nano_dmd.plot import comparison, have_matplotlib, save_figure
 
 REFERENCES = ("teacher", "real halves")             # rows of a report that are no student's
 REPORT = dict(rows={str: {str: (float, None)}}, cpu_seconds=float, seconds=float)
-PLOTTED = ("fd", "recall", "sw2", "in3", "weight_error", "fixed_fd", "fixed_recall", "CPU s")
+PLOTTED = ("fd", "recall", "sw2", "in3", "weight_error", "fixed_fd", "fixed_recall", "pairing",
+           "CPU s")
 
 
 def parse_row(preset, row):

@@ -5,11 +5,11 @@ With a guided teacher d_real = d_uncond + w (d_cond - d_uncond), DMD's bracket s
     d_fake - d_real = (d_fake - d_cond)  -  (w - 1) (d_cond - d_uncond)
                        matching              augmentation
 
-Matching stops where the generator's distribution is the teacher's, unguided. Augmentation does not
-look at the fake score at all: it is a constant push towards the condition, without a point where it
-stops. The paper calls it the engine of text-to-image students, and matching their shield. Apart,
-each can have noise levels of its own: matching all of them, augmentation only those that are
-cleaner than the input of the step that made x.
+Matching stops where the generator's distribution is the teacher's, unguided. Augmentation climbs
+log p(cond | xt) and never looks at the fake score: it does not ask whether x looks like data. The
+paper calls it the engine of text-to-image students, and matching their shield. As two losses they
+can use different noise levels. Matching uses all. Augmentation uses only levels below that of the
+step's input.
 """
 
 import torch
@@ -43,7 +43,8 @@ def matching_loss(x, nets, batch, cfg):
 def augmentation_loss(x, nets, batch, cfg):
     """Descend augmentation_gradient; w = cfg.guidance.  Returns (n B,), n = cfg.noisings.
 
-    sigma is karras(cfg.least_sigma,s), s the noise level of the step that made x.
+    sigma is karras(cfg.least_sigma,s), s the noise level of the step that made x.  Differs: the
+    sources draw the timestep uniformly, AaronCaoZJ/DMDs from 20 of 1000 on.
     """
     x, cond = repeated(x, batch.cond, cfg.noisings)
     sigma, noise = batch.noising(interval(0, batch.level, cfg.least_sigma), x)

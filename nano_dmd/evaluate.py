@@ -13,7 +13,7 @@ images  fixed_fd, fixed_precision, fixed_recall   stand-ins without a download; 
         in3       share within 3 std of a mode (true samples .989 in 2D)
         modes     modes that hold more than a quarter of their share
         weight_error   largest relative error of a mode's share
-all     pairing   correlation with what the teacher's ODE makes of the same noise (1 = copies it)
+not text   pairing   correlation with what the teacher's ODE makes of the same noise (1 = copies it)
 text    fid, clip   see metrics/text.py
 """
 
@@ -80,7 +80,8 @@ def pairing(generator, real, shape, classes, n=500):
     groups = min(max(classes, 1), 50)
     group = torch.arange(n, device=device) % groups
     cond = group if classes else None
-    pair = torch.stack([generator(z, cond), heun(real, z[0], cond)]).flatten(2).double()
+    teacher = sets.in_batches(lambda z, cond: heun(real, z[0], cond), z, cond, 100)
+    pair = torch.stack([sets.in_batches(generator, z, cond, 100), teacher]).flatten(2).double()
     for i in range(groups):
         pair[:, group == i] -= pair[:, group == i].mean(1, keepdim=True)
     a, b = pair                                                   # (n, D) each

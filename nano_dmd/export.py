@@ -95,7 +95,7 @@ def scheduler(cfg, kind, config, side):
         return EulerDiscreteScheduler.from_config(
             config, num_train_timesteps=count, trained_betas=betas.tolist(),
             timestep_spacing="trailing"), call
-    if cfg.ode_steps:
+    if cfg.ode_steps and len(steps) > 1:
         return ddim(config, steps), call
     lcm = LCMScheduler.from_config(config, original_inference_steps=len(steps),
                                    timestep_spacing="leading", clip_sample=False)

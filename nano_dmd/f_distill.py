@@ -3,10 +3,14 @@
     grad_theta D_f(p_real || p_fake) = E[ h(r) (s_fake(xt) - s_real(xt)) dx/dtheta ]
     r = p_real(xt) / p_fake(xt),      h(r) = f''(r) r^2,      D_f = E_fake[ f(r) ]
 
-DMD descends the reverse KL divergence: h = 1.  It seeks modes: samples that look fake everywhere
-cost much, a missing mode costs little.  Where h grows with r, as in the forward KL, the samples
-count most that lie where real data is rare among the fakes.  That covers modes.  The ratio r comes
-from the GAN's discriminator: a perfect logit is ln r.
+DMD descends the reverse KL divergence: h = 1. It seeks modes. A sample far from real data costs
+much, and a mode without samples costs little. In the forward KL h = r: samples count most where the
+student puts too few. That covers modes. The ratio r comes from the GAN's discriminator: a perfect
+logit is ln r.
+
+Differs: FastGen's r comes from the teacher's features, here from the fake score's; on ImageNet it
+averages the means of the bins over steps.  With guidance r compares data with fakes, although
+d_real is the guided teacher; so does FastGen.
 """
 
 import math
@@ -30,7 +34,7 @@ WEIGHTS = {                            # h(r) by divergence; f(r) is beside it
 }
 
 
-def centred(ratio, sigma, bins=10):
+def centred(ratio, sigma, bins):
     """ratio (B,) over its mean in each of some bins of log sigma (B,): E_fake[r] = 1 at any sigma.
 
     The bins are equally wide and cover the batch.  Differs: FastGen's are linear in sigma.  With
@@ -47,30 +51,27 @@ def sample_weights(logits, sigma, divergence):
     """h(r) over its mean: the weight of each sample, (B,).  logits = ln r and sigma are (B,).
 
     r is clipped to [.1, 20] before it is centred, as in FastGen (f_distill.py:19-111).  The batch
-    is that of all processes together, so that N of them do what one would.
+    is that of all processes together, but one part of it with --accumulate.  It has a bin for each
+    32 samples, 10 at most: a sample alone in its bin has r = 1, whatever it looks like.
     """
     ratio = logits.clamp(-10, 10).exp().clamp(0.1, 20)
-    h = WEIGHTS[divergence](centred(ratio, sigma))
+    bins = max(1, min(10, len(ratio) // 32))
+    h = WEIGHTS[divergence](centred(ratio, sigma, bins))
     return h / h.mean()
 
 
-def kernel_log_density(xt, x, sigma, copies=1):
-    """log p_fake(xt) (B,) from the other samples of the batch, each a Gaussian of std sigma.
+def exact_log_ratio(real, x, xt, sigma):
+    """ln r (B,) where the teacher has a density.  Fakes: the batch, a mixture of its samples.
 
-    x (B, *S) are samples, `copies` of each in a row; xt_i is x_i noised by sigma_i.  Without x_i
-    itself the density has no bias.  For few dimensions: in many, no other sample is near.
+    p_fake(xt_i) = mean_j N(xt_i; x_j, sigma_i^2), x (B, *S).  For few dimensions: in many, each
+    sample is alone.  Leaving x_i itself out has no bias, and a larger error: then a sample without
+    neighbours has p_fake = 0 (tutorials, notebook 12).
     """
-    xt, x = xt.flatten(1), x.flatten(1)
-    square = (xt[:, None] - x).square().sum(2) / (2 * sigma[:, None] ** 2)               # (B, B)
-    place = torch.arange(len(x), device=x.device) // copies
-    others = (-square).masked_fill(place[:, None] == place, -torch.inf).logsumexp(1)
-    volume = x.shape[1] * (sigma.log() + math.log(2 * math.pi) / 2)
-    return others - math.log(len(x) - copies) - volume
-
-
-def exact_log_ratio(real, x, xt, sigma, copies=1):
-    """ln r (B,) where the teacher has a density: a mixture.  p_fake is the batch's own."""
-    return real.log_prob(xt, sigma) - kernel_log_density(xt, x, sigma, copies)
+    gap = xt.flatten(1)[:, None] - x.flatten(1)                                        # (B, B, D)
+    log_kernels = -gap.square().sum(2) / (2 * sigma[:, None] ** 2)
+    volume = sigma.log() + math.log(2 * math.pi) / 2
+    log_fake = log_kernels.logsumexp(1) - math.log(len(x)) - x[0].numel() * volume
+    return real.log_prob(xt, sigma) - log_fake
 
 
 def f_distill_loss(x, nets, batch, cfg):
@@ -86,8 +87,7 @@ def f_distill_loss(x, nets, batch, cfg):
         if cfg.ratio == "critic":
             logits = nets.discriminator(nets.fake.features(xt, sigma, cond))
         else:
-            exact = partial(exact_log_ratio, nets.real.denoiser, copies=cfg.noisings)
-            logits = batch.jointly(exact, x, xt, sigma)
+            logits = batch.jointly(partial(exact_log_ratio, nets.real.denoiser), x, xt, sigma)
         h = batch.jointly(partial(sample_weights, divergence=cfg.divergence), logits, sigma)
     g = expand(h, x) * dmd_gradient(x, d_real, d_fake)
     return descend(x, g).flatten(1).mean(1)

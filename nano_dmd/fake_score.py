@@ -59,6 +59,5 @@ def denoising_loss(x, nets, batch, cfg):
     distribution of sigma is cfg.critic_sigma: lognormal(-1.2,1.2) in SiD, karras(0.002,80) in DMD2.
     """
     sigma, noise = batch.noising(cfg.critic_sigma, x)
-    cond = batch.cond if batch.fake_cond is None else batch.fake_cond
-    loss = edm_loss(nets.fake, x, sigma, noise, cond, nets.sigma_data)
+    loss = edm_loss(nets.fake, x, sigma, noise, batch.critic_cond, nets.sigma_data)
     return loss.flatten(1).mean(1)

@@ -1,8 +1,8 @@
 """DMD2's GAN term: a small head on the fake score's bottleneck tells noised real from noised fake.
 
-No other loss uses real data. Distribution matching alone inherits the teacher's mistakes; real
-images can repair them (DMD2 section 4.3). Both kinds of sample are noised before the critic looks.
-So the two distributions overlap, and the gradient is informative at every scale.
+Distribution matching alone inherits the teacher's mistakes; real images can repair them (DMD2
+section 4.3). Both kinds of sample are noised before the critic looks. So the two distributions
+overlap, and the gradient is informative at every scale.
 """
 
 import torch
@@ -71,7 +71,7 @@ def gan_critic_loss(x, nets, batch, cfg):
     features = nets.fake.features(xt, torch.cat([sigma, sigma_real]), cond)
     logits_fake, logits_real = nets.discriminator(features).chunk(2)
     loss = F.softplus(logits_fake) + F.softplus(-logits_real)
-    if cfg.w_r1:                                   # approximate R1 (APT): be flat at real data
+    if cfg.w_r1:                                   # approximate R1 (APT): keep logits flat at data
         moved = xt[len(x) :] + R1_STEP * batch.noising(cfg.gan_sigma, batch.real)[1]
         features = nets.fake.features(moved, sigma_real, batch.real_cond)
         loss = loss + cfg.w_r1 * (logits_real - nets.discriminator(features)) ** 2

@@ -20,12 +20,13 @@ class Method(NamedTuple):
 
     generator: list                 # of (name of its weight in Config, loss)
     critic: list
-    needs: tuple = ()               # "real" data, "pairs" of noise and image, "ratio", "ode_steps"
+    needs: tuple = ()               # what a batch brings: "real" data, "pairs" of noise and image
+    knobs: tuple = ()               # what engine/config.py checks before a run
 
 
 FAKE, DISC = ("w_fake", denoising_loss), ("w_disc", gan_critic_loss)
 DM, GAN = ("w_dm", dmd_loss), ("w_gan", gan_generator_loss)
-TDM = ("w_dm", trajectory.trajectory_loss)
+TRAJECTORY = ("w_dm", trajectory.trajectory_loss)
 METHODS = {
     "dmd": Method(generator=[DM, ("w_reg", regression_loss)], critic=[FAKE], needs=("pairs",)),
     "dmd2": Method(generator=[DM, GAN], critic=[FAKE, DISC], needs=("real",)),
@@ -35,18 +36,18 @@ METHODS = {
 }
 METHODS |= {
     "f_distill": Method(
-        [("w_dm", f_distill.f_distill_loss), GAN], [FAKE, DISC], needs=("real", "ratio")),
-    "decoupled": Method(
-        [("w_dm", decoupled.matching_loss), ("w_aug", decoupled.augmentation_loss)], [FAKE]),
+        [("w_dm", f_distill.f_distill_loss), GAN], [FAKE, DISC], ("real",), knobs=("ratio",)),
+    "decoupled": Method([("w_dm", decoupled.matching_loss), ("w_aug", decoupled.augmentation_loss)],
+                        [FAKE], knobs=("guidance",)),
     "sim": Method([("w_sid", sim_loss)], [FAKE]),
-    "sida": Method(
-        [("w_sid", sida.sida_loss)], [FAKE, ("w_disc", sida.sida_critic_loss)], needs=("real",)),
-    "real_uid": Method(
-        [("w_sid", real_uid.real_uid_loss)], [("w_fake", real_uid.real_uid_critic_loss)],
-        needs=("real",)),
-    "tdm": Method(
-        [TDM], [("w_fake", trajectory.trajectory_denoising_loss)], needs=("ode_steps",)),
-    "phased": Method([TDM], [("w_fake", trajectory.phased_denoising_loss)], needs=("ode_steps",)),
+    "sida": Method([("w_sid", sida.sida_loss)], [FAKE, ("w_disc", sida.sida_critic_loss)],
+                   ("real",), knobs=("w_disc",)),
+    "real_uid": Method([("w_sid", real_uid.real_uid_loss)],
+                       [("w_fake", real_uid.real_uid_critic_loss)], ("real",), knobs=("uid_a",)),
+    "tdm": Method([TRAJECTORY], [("w_fake", trajectory.trajectory_denoising_loss)],
+                  knobs=("ode_steps",)),
+    "phased": Method([TRAJECTORY], [("w_fake", trajectory.phased_denoising_loss)],
+                     knobs=("ode_steps",)),
 }
 CONTROL = "regression"                             # what distribution matching has to beat
 

@@ -96,7 +96,7 @@ def parse_sigma(spec):
 def interval(low, high, least):
     """A spec of the noise between two levels, uniform in sigma^(1/7).  `least` replaces a low of 0.
 
-    It begins just above low: there a target that divides by sigma^2 - low^2 is finite.
+    It starts slightly above low. At low itself a target over sigma^2 - low^2 would be infinite.
     """
     low = low + (high - low) / 1000 if low else min(least, high / 10)
     return f"karras({low},{high})"

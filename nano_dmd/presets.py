@@ -30,16 +30,16 @@ PRESETS = {
     "toy-regression": dict(steps=6000, lr_generator=2e-3),
     "toy-f_distill": dict(
         batch=512, steps=4400, lr_generator=2e-3, w_gan=0.01, w_disc=0.03, divergence="kl"),
-    "toy-decoupled": dict(lr_generator=2e-3),
-    "toy-tdm": dict(sigmas="1,0.3", ode_steps=True, steps=6000, lr_generator=2e-3),
-    "toy-phased": dict(sigmas="1,0.3", ode_steps=True, steps=6000, lr_generator=2e-3),
+    "toy-decoupled": dict(lr_generator=2e-3, w_aug=0.0),          # no classes: matching alone
+    "toy-tdm": dict(sigmas="1,0.15", ode_steps=True, steps=6000),
+    "toy-phased": dict(sigmas="1,0.15", ode_steps=True, steps=6000),
 }
 # SiD's relatives, at its settings.
 TOY_SID = PRESETS["toy-sid"]
 PRESETS |= {
-    "toy-sim": TOY_SID,
-    "toy-sida": dict(TOY_SID, noisings=1, steps=4400, w_gan=1e-3, w_disc=1e-3),
-    "toy-real_uid": dict(TOY_SID, noisings=1, steps=5000),
+    "toy-sim": dict(TOY_SID, steps=6500),
+    "toy-sida": dict(TOY_SID, noisings=1, steps=4000, w_gan=1e-3, w_disc=1e-3),
+    "toy-real_uid": dict(TOY_SID, noisings=1, steps=6500, uid_a=0.92, uid_b=0.94),
 }
 
 # 8x8 digits, two CPU cores: about a minute each.
@@ -52,13 +52,14 @@ PRESETS |= {
     "digits-diff_instruct": dict(steps=600),
     "digits-regression": dict(steps=500, lr_generator=1.5e-3),
     "digits-f_distill": dict(
-        steps=400, critic_steps=2, w_gan=0.1, w_disc=0.03, divergence="kl"),
-    "digits-decoupled": dict(steps=600, critic_steps=2),
-    "digits-sim": dict(steps=900, lr_generator=5e-4, lr_critic=1.5e-3),
-    "digits-sida": dict(steps=700, lr_generator=5e-4, lr_critic=1.5e-3, w_gan=1e-3, w_disc=0.015),
-    "digits-real_uid": dict(steps=700, lr_generator=5e-4, lr_critic=1.5e-3),
-    "digits-tdm": dict(steps=600, critic_steps=2, sigmas="2.5,0.6", ode_steps=True),
-    "digits-phased": dict(steps=600, critic_steps=2, sigmas="2.5,0.6", ode_steps=True),
+        steps=350, critic_steps=2, w_gan=0.1, w_disc=0.03, divergence="kl"),
+    "digits-decoupled": dict(steps=500, critic_steps=2, guidance=1.5),
+    "digits-sim": dict(steps=700, lr_generator=3e-4, lr_critic=1.5e-3),
+    "digits-sida": dict(steps=550, lr_generator=5e-4, lr_critic=1.5e-3, w_gan=1e-2, w_disc=0.015),
+    "digits-real_uid": dict(
+        steps=600, lr_generator=5e-4, lr_critic=1.5e-3, uid_a=0.92, uid_b=0.94),
+    "digits-tdm": dict(steps=550, critic_steps=2, sigmas="2.5,0.6", ode_steps=True),
+    "digits-phased": dict(steps=550, critic_steps=2, sigmas="2.5,0.6", ode_steps=True),
 }
 
 # Images from EDM's published teachers, at the papers' settings: days on one GPU.
@@ -148,7 +149,7 @@ SD = dict(
     checkpointing=True, decay_from=1.0, beta1=0.9, beta2=0.999, weight_decay=0.01, clip=10,
     warmup=500, ema=0, sigmas="t999", unit_noise=True, dm_sigma="sd(20,980)",
     critic_sigma="sd(0,999)", gan_sigma="sd(0,999)", lr_generator=1e-5, lr_critic=1e-5,
-    pair_sigma=14.6, log_every=20,
+    pair_sigma=14.6, least_sigma=0.138, log_every=20,
     sample_every=100, save_every=200)
 SD_DMD2 = dict(steps=4000, batch=2048, guidance=1.75, critic_steps=10)
 SMALL_BATCH = dict(
@@ -204,7 +205,8 @@ PRESETS |= {
 # one for 1024).  Steps t = .999, .75, .5, .25: the published 1 would be infinite noise.
 SANA = dict(
     SD, teacher="Efficient-Large-Model/Sana_600M_512px_diffusers", sigmas="f0.999,f0.75,f0.5,f0.25",
-    guidance=4.5, pair_sigma=200, gan_sigma="flow(0.02,0.98)", warmup=0)
+    guidance=4.5, pair_sigma=200, least_sigma=0.02,
+    gan_sigma="flow(0.02,0.98)", warmup=0)
 PRESETS |= {
     "sana": dict(SANA, method="sid"),
     # SiD-DiT run_sid_dit.sh, 1.5 M images: logit-normal(ln 2, 1.6) times.  Differs: weights are

@@ -1,4 +1,4 @@
-"""RealUID (arXiv 2509.22459): SiD's sentence as a game, and real data without a discriminator.
+"""RealUID (arXiv 2509.22459): SiD as a game of two, with real data and no discriminator.
 
     L = a |d_real - (b/a) x|^2 - a |d_fake - (b/a) x|^2 - (1 - a) |d_fake(yt) - (1-b)/(1-a) y|^2
 
@@ -10,6 +10,10 @@ real samples together, with weights a and 1 - a. Its best answer, with both clea
 
 At p_fake = p_real that is what the teacher should say, for every (a, b). With a = b = 1 there is no
 real data, and L is twice SiD's integrand at alpha = 1/2, without its normaliser.
+
+If the teacher is wrong, G still makes the tracker agree with the teacher. It does not make the
+samples agree with the data: with a = b they move away from it, with b well above a towards it
+(tutorials, notebook 14).
 """
 
 from nano_dmd.fake_score import predictions
@@ -49,8 +53,8 @@ def real_uid_critic_loss(x, nets, batch, cfg):
     """
     a, b = cfg.uid_a, cfg.uid_b
     sigma, noise = batch.noising(cfg.critic_sigma, x)
-    cond = batch.cond if batch.fake_cond is None else batch.fake_cond
-    loss = a * (nets.fake(add_noise(x, sigma, noise), sigma, cond) - b / a * x) ** 2
+    d_fake = nets.fake(add_noise(x, sigma, noise), sigma, batch.cond)
+    loss = a * (d_fake - b / a * x) ** 2
     if a < 1:
         d_data = nets.fake(add_noise(batch.real, sigma, noise), sigma, batch.real_cond)
         loss = loss + (1 - a) * (d_data - (1 - b) / (1 - a) * batch.real) ** 2

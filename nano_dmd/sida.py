@@ -8,6 +8,7 @@ SiD's loss gets an adversarial term, both with the same normaliser.
 import torch.nn.functional as F
 
 from nano_dmd.fake_score import predictions
+from nano_dmd.gan import R1_STEP
 from nano_dmd.noise import add_noise, repeated
 from nano_dmd.real_score import normaliser
 from nano_dmd.sid_loss import sid_integrand
@@ -16,7 +17,7 @@ from nano_dmd.sid_loss import sid_integrand
 def encoder_logits(fake, xt, sigma, cond):
     """(B, places): mean over channels of fake's features, (B, C) or (B, C, H, W).
 
-    Features that end in a ReLU make logits >= 0: such an encoder can be sure of real data alone.
+    Features that end in a ReLU make logits >= 0.  Such a logit can say "real", but never "fake".
     """
     return fake.features(xt, sigma, cond).float().mean(1).reshape(len(xt), -1)
 
@@ -26,7 +27,7 @@ def sida_loss(x, nets, batch, cfg):
 
     sida_loss.py:67-72 of the official branch, in means over pixels: published weight 1e-4.
     Differs: there all samples share the batch's mean of 1 / mean |x - d_real| in the second term;
-    here each has its own, as in SiD's.  cfg.w_gan counts relative to SiD's term (cfg.w_sid).
+    here each has its own, as in SiD's.  cfg.w_gan is relative to SiD's term: w_sid scales both.
     """
     x, cond = repeated(x, batch.cond, cfg.noisings)
     xt, sigma, d_real, d_fake = predictions(x, cond, nets, batch, cfg)
@@ -41,14 +42,21 @@ def sida_loss(x, nets, batch, cfg):
 def sida_critic_loss(x, nets, batch, cfg):
     """Half the logistic loss of both kinds of sample, weighted as denoising_loss is; returns (B,).
 
-    The real sample has the sigma and the noise of the generated one: at p_fake = p_real the two
-    gradients cancel on average.  sida_loss.py:118-123: published weight 1 / pixels.
-    Differs: there all samples share the batch's mean weight.  It is heavy-tailed (of 32 samples,
-    5 to 95 percent are 39 to 561), so the discriminator's steps jump in size.  And there denoising
-    has this noise and these labels, too.
+    The real sample has the sigma and the noise of the generated one.  That makes the difference of
+    the two gradients less noisy: at logit 0 and x = real they cancel exactly.  cfg.w_r1 adds
+    approximate R1, as in gan.py.  sida_loss.py:118-123: published weight 1 / pixels.
+    Differs: there all samples share the batch's mean weight, and denoising has this noise and these
+    labels, too.  The weight is heavy-tailed either way: the means of 32 samples are 39 to 561 (5 to
+    95 percent).  Per sample, half of it lies below sigma = .017.
     """
     sigma, noise = batch.noising(cfg.critic_sigma, x)
     fake = encoder_logits(nets.fake, add_noise(x, sigma, noise), sigma, batch.cond)
-    real = encoder_logits(nets.fake, add_noise(batch.real, sigma, noise), sigma, batch.real_cond)
+    yt = add_noise(batch.real, sigma, noise)
+    real = encoder_logits(nets.fake, yt, sigma, batch.real_cond)
+    loss = 0.5 * (F.softplus(fake) + F.softplus(-real))
+    if cfg.w_r1:
+        yt = yt + R1_STEP * batch.noising(cfg.critic_sigma, batch.real)[1]
+        moved = encoder_logits(nets.fake, yt, sigma, batch.real_cond)
+        loss = loss + cfg.w_r1 * (real - moved) ** 2
     weight = 1 / sigma**2 + 1 / nets.sigma_data**2
-    return weight * 0.5 * (F.softplus(fake) + F.softplus(-real)).mean(1)
+    return weight * loss.mean(1)

@@ -1,4 +1,4 @@
-"""TDM (arXiv 2503.06674) and Phased DMD (2510.27684): each step matched where it acts.
+"""TDM (arXiv 2503.06674) and Phased DMD (2510.27684): a range of noise for each step.
 
 A student of k steps follows the ODE through the levels s_0 > s_1 > ... > s_k = 0. Step i answers x
 to its input, and takes it to x_mid at the level s_{i+1} (ode_step). Backward simulation noises x
@@ -40,8 +40,9 @@ def renoised(x, batch, cfg):
 def trajectory_loss(x, nets, batch, cfg):
     """dmd_loss of step batch.step on its own interval of noise; returns (B,).  x has a graph.
 
-    Differs: TDM's loss is a Huber distance of width .001. That is far below the errors, so what it
-    descends is the sign of each pixel's gradient, not the direction of a KL divergence.
+    Differs: TDM's loss is a Huber distance of width .001, far below the errors. So it follows the
+    sign of each pixel's gradient. That is not the direction of a KL divergence.  The sources draw
+    timesteps uniformly, and TDM a step k for each sample; here a batch has one.
     """
     with torch.no_grad():
         xt, _, sigma = renoised(x, batch, cfg)
@@ -57,7 +58,8 @@ def trajectory_denoising_loss(x, nets, batch, cfg):
     """
     xt, _, sigma = renoised(x, batch, cfg)
     weight = 1 / sigma**2 + 1 / nets.sigma_data**2
-    return (expand(weight, x) * (nets.fake(xt, sigma, batch.cond) - x) ** 2).flatten(1).mean(1)
+    gap = nets.fake(xt, sigma, batch.critic_cond) - x
+    return (expand(weight, x) * gap**2).flatten(1).mean(1)
 
 
 def phased_denoising_loss(x, nets, batch, cfg):
@@ -67,6 +69,6 @@ def phased_denoising_loss(x, nets, batch, cfg):
     the error in fresh noise: that of denoising_loss times 1 - s^2 / sigma^2.
     """
     (xt, x_mid, sigma), s = renoised(x, batch, cfg), batch.next_level
-    gap = nets.fake(xt, sigma, batch.cond) - phased_target(xt, x_mid, sigma, s)
+    gap = nets.fake(xt, sigma, batch.critic_cond) - phased_target(xt, x_mid, sigma, s)
     weight = (1 / sigma**2 + 1 / nets.sigma_data**2) * (1 - s**2 / sigma**2)
     return (expand(weight, x) * gap**2).flatten(1).mean(1)

@@ -35,6 +35,7 @@ from nano_dmd.noise import add_noise, draw_sigma, expand
 from nano_dmd.real_score import RealScore
 from nano_dmd.sid_loss import sid_integrand, sid_loss
 from nano_dmd.teacher import Teacher
+from nano_dmd.teachers.data import load_data
 from toy.mixtures import MIXTURES
 
 
@@ -634,6 +635,18 @@ def test_build_follows_the_config():
     assert trained["critic"] == {id(p) for m in (nets.fake, nets.discriminator) for p in m.parameters()}
 
 
+def test_what_a_step_calls_is_compiled():
+    """--compile: generator, teacher, fake score and its average, each once; never before the copies are made."""
+    with mock.patch("nano_dmd.engine.machine.compile_net") as compile_net:
+        nets = small_run("sid", compile=True, ema_critic=5.0)[0]
+        called = [call.args[0] for call in compile_net.call_args_list]
+        wanted = (nets.generator.net, nets.fake.net, nets.slow_fake.net, nets.real.denoiser)
+        assert len(called) == 4 and {id(net) for net in called} == {id(d.net) for d in wanted}
+        compile_net.reset_mock()
+        small_run("sid", compile=True)
+        assert compile_net.call_count == 3
+
+
 def test_data_order_is_independent_of_the_losses():
     """Real data, pairs, classes and steps come from the run's own CPU generator: whatever a loss draws from torch's
     global stream, the next batch holds the same data."""
@@ -651,6 +664,17 @@ def test_data_order_is_independent_of_the_losses():
     assert not torch.equal(batches[0][1].z, batches[1][1].z)      # the generator's noise is from the global stream
     conds = torch.cat([draw().cond for _ in range(100)])
     assert_close(conds.bincount() / 800, torch.full((10,), 0.1), rtol=0, atol=0.053)  # five standard errors
+
+
+def test_dropped_labels_are_those_of_the_samples():
+    """Without backward simulation the labels are those of the noised data; what the critic is told is them or "no class"."""
+    cfg = resolve(dict(preset="digits", method="dmd2", batch=64, w_gan=0.0, w_disc=0.0, sigmas="2.5,1", critic_dropout=0.3,
+                       backward_simulation=False))
+    data = load_data("digits", "cpu")
+    draw = Draw(cfg, Teacher("images", None, data.shape, 10, 0.5, "digits", None), data, None, rng(3), torch.device("cpu"))
+    batch = draw()
+    kept = batch.fake_cond >= 0
+    assert 0 < kept.sum() < 64 and torch.equal(batch.fake_cond[kept], batch.cond[kept])
 
 
 def test_noise_image_pairs_stay_together():
@@ -914,8 +938,11 @@ def test_methods_are_what_the_papers_say():
     assert names["tdm"] == (["trajectory_loss"], ["trajectory_denoising_loss"])
     assert names["phased"] == (["trajectory_loss"], ["phased_denoising_loss"])
     asked = {m: METHODS[m].needs for m in METHODS if METHODS[m].needs}
-    assert asked == {"dmd": ("pairs",), "dmd2": ("real",), "regression": ("pairs",), "f_distill": ("real", "ratio"),
-                     "sida": ("real",), "real_uid": ("real",), "tdm": ("ode_steps",), "phased": ("ode_steps",)}
+    assert asked == {"dmd": ("pairs",), "dmd2": ("real",), "regression": ("pairs",), "f_distill": ("real",),
+                     "sida": ("real",), "real_uid": ("real",)}
+    assert {m: METHODS[m].knobs for m in METHODS if METHODS[m].knobs} == {
+        "f_distill": ("ratio",), "decoupled": ("guidance",), "sida": ("w_disc",), "real_uid": ("uid_a",),
+        "tdm": ("ode_steps",), "phased": ("ode_steps",)}
 
 
 def test_a_batch_brings_what_has_a_weight():

@@ -13,7 +13,7 @@ from nano_dmd.engine.files import UserError
 from tutorials import equations, run
 
 ROOT = Path(__file__).parents[1]
-NUMBERS = ("00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11")
+NUMBERS = ("00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11", "12", "13", "14", "15")
 
 
 def test_none_is_missing():

@@ -30,10 +30,10 @@ def build(cfg, teacher, device):
             p.data = p.data.bfloat16()             # the adapter's noise table stays float32
     discriminator = head(fake, teacher, cfg, device)
     ema = sharing_copy(generator).requires_grad_(False) if cfg.ema else generator
+    slow_fake = sharing_copy(fake).requires_grad_(False) if cfg.ema_critic else fake
     for net in {generator.net, fake.net, slow_fake.net, teacher.net} if cfg.compile else ():
         machine.compile_net(net.net)
     real = RealScore(teacher.denoiser, cfg.guidance)
-    slow_fake = sharing_copy(fake).requires_grad_(False) if cfg.ema_critic else fake
     nets = Nets(real, fake, discriminator, generator, ema, teacher.sigma_data, slow_fake)
     if cfg.reg_loss == "lpips" and "pairs" in needs(cfg):
         nets.lpips = perceptual_distance(cfg, teacher, device)

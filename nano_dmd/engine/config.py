@@ -56,14 +56,15 @@ class Config:
     w_dm: float = knob(1.0, "weight of the distribution matching loss", 0, MANY)
     w_aug: float = knob(1.0, "weight of the guidance augmentation loss", 0, MANY)
     w_reg: float = knob(1.0, "weight of the regression loss", 0, MANY)
-    w_gan: float = knob(0.0, "weight of the generator's GAN loss; 0 = GAN off", 0, MANY)
-    w_sid: float = knob(1.0, "weight of the SiD loss", 0, MANY)
+    w_gan: float = knob(0.0, "weight of the generator's GAN loss (SiDA: times w_sid); 0 = off", 0,
+                        MANY)
+    w_sid: float = knob(1.0, "weight of the loss of SiD and its relatives", 0, MANY)
     w_fake: float = knob(1.0, "weight of the critic's denoising loss", 0, MANY)
     w_disc: float = knob(0.0, "weight of the discriminator loss; 0 = GAN off", 0, MANY)
     w_r1: float = knob(0.0, "weight of approximate R1 in the discriminator's loss", 0, MANY)
     critic_steps: int = knob(1, "critic updates per generator update (TTUR)", 1, 1000)
     alpha: float = knob(1.0, "SiD's alpha: 0.5 is unbiased, SiD takes 1.0 or 1.2", -100, 100)
-    normalise: bool = knob(True, "SiD: divide each sample's loss by mean |x - d_real|")
+    normalise: bool = knob(True, "SiD, SiDA, RealUID: divide by mean |x - d_real|")
     fake_guidance: float = knob(1.0, "guidance of the fake score, for SiD-LSG; 1 = off", -100, 100)
     critic_dropout: float = knob(0.0, "share of labels dropped in the denoising loss", 0, 1)
     divergence: str = knob("js", "f-distill: the f-divergence", choices=tuple(WEIGHTS))
@@ -71,7 +72,7 @@ class Config:
                       choices=("critic", "exact"))
     uid_a: float = knob(0.98, "RealUID's a: share of generated samples for the critic; 1 = all",
                         0.01, 1)
-    uid_b: float = knob(0.96, "RealUID's b; b / a is .98 or 1.02 in the paper", 0, 2)
+    uid_b: float = knob(0.96, "RealUID's b; b / a is .98 or 1.02 in the paper", 0.01, 10)
     ida: float = knob(0.0, "share of G mixed into the fake score after each step; 0 = off", 0, 1)
     reg_loss: str = knob("l2", "distance of the regression loss", choices=("l2", "lpips"))
     lpips_decoder: str = knob("madebyollin/taesd", "decodes latents for lpips: a TAESD, or vae")
@@ -86,7 +87,7 @@ class Config:
     noisings: int = knob(1, "noisings of each sample in the dm and sid losses", 1, 1000)
     critic_sigma: str = knob("lognormal(-1.2,1.2)", "noise of the denoising loss")
     gan_sigma: str = knob("lognormal(-1.2,1.2)", "noise of the GAN losses")
-    least_sigma: float = knob(0.02, "least noise of losses that are tied to a step", 1e-5, 1e4)
+    least_sigma: float = knob(0.02, "least noise of augmentation, tdm and phased", 1e-5, 1e4)
 
     batch: int = knob(64, "samples per update, over all processes", 1, 10**6)
     lr_generator: float = knob(1e-3, "Adam's rate for the generator", TINY, 10)
@@ -98,8 +99,8 @@ class Config:
     decay_from: float = knob(0.5, "part of the run after which rates fall to 0; 1 = never", 0, 1)
     clip: float = knob(10.0, "limit of the gradient's norm, over one optimiser; 0 = off", 0, MANY)
     ema: float = knob(50.0, "half-life of the generator's average, updates; 0 = none", 0, MANY)
-    ema_critic: float = knob(0.0, "half-life of an average of the fake score that the generator's "
-                                  "losses ask, critic updates; 0 = none", 0, MANY)
+    ema_critic: float = knob(0.0, "half-life of an average of the fake score for the generator's "
+                                  "losses (not of the head), critic updates; 0 = none", 0, MANY)
 
     device: str = knob("auto", "auto | cpu | cuda | cuda:1 ...")
     threads: int = knob(0, "CPU threads; 0 = torch's choice", 0, 1024)
@@ -262,22 +263,35 @@ def validate(cfg):
 
 def validate_method(cfg):
     """Raise UserError for settings of losses that do not go together."""
-    wanted = METHODS[cfg.method].needs
-    by_critic = "ratio" in wanted and cfg.ratio == "critic"       # it may do without w_gan
-    if bool(cfg.w_gan) != bool(cfg.w_disc) and not (by_critic and cfg.w_disc):
-        raise UserError(f"--w_gan {cfg.w_gan} and --w_disc {cfg.w_disc}: give both, or 0 to both")
-    if by_critic and not cfg.w_disc:
-        raise UserError("--w_disc 0: this method reads p_real / p_fake off its discriminator, give "
-                        "--w_disc, or --ratio exact with a teacher toy:NAME")
-    if "ratio" in wanted and cfg.ratio == "exact" and not cfg.teacher.startswith("toy:"):
-        raise UserError(f"--ratio exact needs a teacher toy:NAME, not {cfg.teacher!r:.80}")
-    if "ode_steps" in wanted and not cfg.ode_steps:
-        raise UserError("this method trains steps of the ODE: add --ode_steps")
-    if cfg.uid_a == 1 and cfg.uid_b != 1:
-        raise UserError(f"--uid_b {cfg.uid_b}: with --uid_a 1 the critic sees no real data; give 1")
-    if cfg.ida and cfg.lora_generator != cfg.lora_critic:
-        raise UserError("--ida mixes two networks of one kind: give --lora_generator and "
-                        "--lora_critic the same rank")
+    knobs = METHODS[cfg.method].knobs
+    by_critic = "ratio" in knobs and cfg.ratio == "critic"        # it may do without w_gan
+    uses_disc = "w_disc" in [weight for weight, _ in METHODS[cfg.method].critic] and cfg.w_disc
+    rules = {
+        f"--w_gan {cfg.w_gan} and --w_disc {cfg.w_disc}: give both, or 0 to both":
+            bool(cfg.w_gan) != bool(cfg.w_disc) and not (by_critic and cfg.w_disc),
+        "--w_disc 0: this method reads p_real / p_fake off its discriminator, give --w_disc, or "
+        "--ratio exact with a teacher toy:NAME": by_critic and not cfg.w_disc,
+        f"--ratio exact needs a teacher toy:NAME, not {cfg.teacher!r:.80}":
+            "ratio" in knobs and not by_critic and not cfg.teacher.startswith("toy:"),
+        "--w_disc 0: this method is nothing without its discriminator, give --w_disc and --w_gan":
+            "w_disc" in knobs and not cfg.w_disc,
+        f"--w_r1 {cfg.w_r1}: there is no discriminator here, leave it out":
+            cfg.w_r1 and not uses_disc,
+        "--guidance 1 leaves nothing to augment: give --guidance, or --w_aug 0":
+            "guidance" in knobs and cfg.w_aug and cfg.guidance == 1,
+        "this method trains steps of the ODE: give --ode_steps, two or more --sigmas, --noisings 1":
+            "ode_steps" in knobs and not (cfg.ode_steps and "," in cfg.sigmas
+                                          and cfg.noisings == 1),
+        f"--uid_b {cfg.uid_b}: with --uid_a 1 the critic sees no real data; give 1":
+            "uid_a" in knobs and cfg.uid_a == 1 and cfg.uid_b != 1,
+        "--critic_dropout: this method compares samples of one label, leave it out":
+            "uid_a" in knobs and cfg.critic_dropout,
+        "--ida mixes whole networks: leave it or LoRA out":
+            cfg.ida and (cfg.lora_generator or cfg.lora_critic),
+    }
+    for complaint, broken in rules.items():
+        if broken:
+            raise UserError(complaint)
 
 
 def as_number(text, kind):

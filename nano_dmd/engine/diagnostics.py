@@ -46,7 +46,8 @@ def gradient_norms(x, nets, batch, cfg):
             leaves.append(nets.generator(*args).detach().requires_grad_())
             return leaves[-1]
 
-        value = loss(leaves[0], replace(nets, generator=generator), batch, cfg).mean()
+        shown = replace(nets, fake=nets.slow_fake, generator=generator)
+        value = loss(leaves[0], shown, batch, cfg).mean()
         found = torch.autograd.grad(value, leaves, allow_unused=True)
         squares = [g.square().mean() for g in found if g is not None]
         norms[loss.__name__] = sum(squares).sqrt() * x.numel()

@@ -27,10 +27,10 @@ class Batch:
     level     float       noise level of its input, and next_level that of the next step's, 0 after
                           the last
     start     (B, *S)     data to noise instead of simulating earlier steps (only for comparison)
-    real      (B, *S)     data, with its own labels real_cond          (GAN only)
+    real      (B, *S)     data, with its own labels real_cond          (GAN, RealUID)
     pair_z    (1, B, *S)  noise, and the teacher's Heun answer pair_x   (regression only)
     xt, x     (B, *S)     that input and the generator's answer, once made (methods.samples)
-    alone     bool        the other processes do not ask now: jointly is this one's own (diagnose)
+    alone     bool        this process asks a loss without the others: jointly uses its own rows
     seen      {loss name: (sigma | None, values)}, (n B,) each for n noisings: logs, NaN reports
     """
 
@@ -51,6 +51,11 @@ class Batch:
     sigma: torch.Tensor | None = None
     alone: bool = False
     seen: dict = field(default_factory=dict)
+
+    @property
+    def critic_cond(self):
+        """cond of the critic's denoising losses."""
+        return self.cond if self.fake_cond is None else self.fake_cond
 
     def noising(self, spec, x):
         """(sigma (B,), noise (B, *S)): the random numbers of one noising of x (B, *S).
@@ -121,12 +126,12 @@ class Draw:
         kinds = len(self.prompts) if self.prompts else self.teacher.classes
         cond = self.cond(self.integers(kinds, n)) if kinds else None
         batch = self.latest = Batch(z.transpose(0, 1), cond)
-        if cfg.critic_dropout and kinds:
-            batch.fake_cond = self.dropped(batch.cond, n)
         if k > 1:
             batch.step = int(torch.randint(k, (), generator=self.rng))
             if not cfg.backward_simulation:
                 batch.start, batch.cond = self.real(n)
+        if cfg.critic_dropout and kinds:
+            batch.fake_cond = self.dropped(batch.cond, n)
         batch.level, batch.next_level = self.levels[batch.step : batch.step + 2]
         if "real" in needs(cfg):
             batch.real, batch.real_cond = self.real(n)

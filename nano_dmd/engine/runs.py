@@ -36,10 +36,13 @@ def open_folder(cfg, teacher, device, step, before, processes):
 
 def state(cfg, step, seconds, nets, opts, draw):
     """Everything a resumed run needs to go on to the bit.  All processes share one random state."""
-    modules = {name: files.own_state(getattr(nets, name)) for name in TRAINED}
+    modules = {name: getattr(nets, name) for name in TRAINED}
+    states = {id(net): net for net in modules.values()}           # without an average, two are one
+    states = {key: gather(files.own_state(net)) for key, net in states.items()}
     cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
     return dict(config=asdict(cfg), step=step, seconds=list(seconds), processes=place()[1],
-                nets=gather(modules), opts=gather({k: opt.state_dict() for k, opt in opts.items()}),
+                nets={name: states[id(net)] for name, net in modules.items()},
+                opts=gather({k: opt.state_dict() for k, opt in opts.items()}),
                 rng=[torch.get_rng_state(), cuda, draw.rng.get_state()], sources=draw.sources)
 
 

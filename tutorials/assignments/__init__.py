@@ -1,1 +1,1 @@
-"""Five assignments for a course: handouts, starters, checks, solutions, and what graders are tested against."""
+"""Eight assignments for a course: handouts, starters, checks, solutions, and what graders are tested against."""

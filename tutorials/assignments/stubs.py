@@ -16,7 +16,7 @@ from nano_dmd.engine.files import UserError, command
 
 HERE = Path(__file__).parent
 SOLUTIONS = HERE / "instructor"
-NAMES = ("a1", "a2", "a3", "a4", "a5")
+NAMES = ("a1", "a2", "a3", "a4", "a5", "a6", "a7", "a8")
 PUBLIC = ("README.md", "{name}.py", "test_public.py")
 REGION = re.compile(r"^( *)### BEGIN SOLUTION (A\d\.\d)\n.*?^ *### END SOLUTION\n", re.M | re.S)
 

@@ -1,0 +1,1 @@
+"""Assignment 7: what the graders compare with."""

@@ -1,0 +1,1 @@
+"""A8: write the flow adapter."""

@@ -1,0 +1,1 @@
+"""Solution of A8, and wrong answers to it."""
