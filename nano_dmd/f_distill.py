@@ -34,7 +34,7 @@ WEIGHTS = {                            # h(r) by divergence; f(r) is beside it
 }
 
 
-def centred(ratio, sigma, bins):
+def centred(ratio, sigma, bins=10):
     """ratio (B,) over its mean in each of some bins of log sigma (B,): E_fake[r] = 1 at any sigma.
 
     The bins are equally wide and cover the batch.  Differs: FastGen's are linear in sigma.  With

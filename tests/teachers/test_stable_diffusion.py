@@ -286,6 +286,9 @@ PRESETS = [
     ("sd15-dmd2", "critic"),
     ("sd15-dmd2", "both"),
     ("sd15-dmd2-gan", "critic"),
+    ("sd15-f_distill", "critic"),
+    ("sd15-f_distill-4step", "full"),
+    ("sd15-decoupled-4step", "both"),
     ("sd15-dmd2-4step", "both"),
     ("sd15-sid", "critic"),
 ]
@@ -300,7 +303,7 @@ def test_every_line_of_the_presets_is_tried():
 def test_presets_train_resume_and_report(preset, option, sd, prompts, photos, tmp_path, fast, piq):
     """Every preset takes real steps; stopped in the middle and resumed it ends bit for bit where one run ends."""
     argv = ["--preset", preset, "--teacher", sd, "--prompts", prompts, *RUN, *OPTIONS[option]]
-    argv += ["--data", photos, "--eval_every", "1"] if preset.endswith("gan") else []
+    argv += ["--data", photos, "--eval_every", "1"] if preset.endswith("gan") or "f_distill" in preset else []
     whole = stopped_and_resumed(argv, tmp_path)
     assert all("lora_" in k for k in whole) == (option == "both")
     assert not (tmp_path / "whole" / "teacher.safetensors").exists()  # 3.4 GB at real size
