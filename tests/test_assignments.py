@@ -62,7 +62,11 @@ def test_there_are_enough_wrong_answers(name):
     assert set().union(*(w.broken for w in wrong(name))) == set(assignment(name).tasks)
 
 
-@pytest.mark.parametrize("name, mistake", [pytest.param(n, w, id=f"{n}: {w.name}") for n, w in WRONG])
+# Each costs half a second: every fourth runs by default, the others with the slow tests.
+SOME = [pytest.param(n, w, id=f"{n}: {w.name}", marks=[pytest.mark.slow] * bool(i % 4)) for i, (n, w) in enumerate(WRONG)]
+
+
+@pytest.mark.parametrize("name, mistake", SOME)
 def test_wrong_answer_loses_its_task_alone(name, mistake, tmp_path):
     found = marks(tmp_path, name, answer(name, mistake), HIDDEN)
     assert {task for task, (score, full, _) in found.items() if score < full} == mistake.broken

@@ -2,6 +2,7 @@
 
     mesm       w |d_real - d_fake|^2 at fixed noise levels, >= 0: how far the critic thinks G is off
     fake_loss  the denoising loss on fresh samples at the same levels: how good the fake score is
+               (tdm and phased fit a step's own interval of noise alone: read both inside it)
     grad       rms gradient at the samples of each generator loss: how to balance weights
     x_std, spread  std of the samples, and std across the batch (a collapse shows in spread)
 """
