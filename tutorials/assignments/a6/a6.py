@@ -9,7 +9,7 @@ import math
 import torch
 
 from nano_dmd.dmd_loss import dmd_gradient
-from nano_dmd.f_distill import sample_weights
+from nano_dmd.f_distill import centred
 from nano_dmd.noise import add_noise, expand
 
 # A6.1 From f to h, and back
@@ -170,7 +170,7 @@ def other_noise_correlation(p, q, sigma, other):
 def diagnose(weigh):
     """One of VERDICTS, from experiments with weigh(x, sigma, noise, logit, h) -> (B,), which may have one mistake.
 
-    Right is what nano_dmd.f_distill does: r = exp(logit(xt, sigma)) at xt = x + sigma noise, cut to [0.1, 20], divided by
-    its mean in ten bins of log sigma; h of that over its mean; no graph.  You choose all arguments (handout, A6.5).
+    Right is r = exp(logit(xt, sigma)) at xt = x + sigma noise, cut to [0.1, 20], divided by its mean in ten bins of log
+    sigma (nano_dmd.f_distill.centred); h of that over its mean; no graph.  You choose all arguments (handout, A6.5).
     """
     raise NotImplementedError("A6.5 is yours to write")

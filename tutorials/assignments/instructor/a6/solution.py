@@ -9,7 +9,7 @@ import math
 import torch
 
 from nano_dmd.dmd_loss import dmd_gradient
-from nano_dmd.f_distill import sample_weights
+from nano_dmd.f_distill import centred
 from nano_dmd.noise import add_noise, expand
 
 # A6.1 From f to h, and back
@@ -264,8 +264,8 @@ def other_noise_correlation(p, q, sigma, other):
 def diagnose(weigh):
     """One of VERDICTS, from experiments with weigh(x, sigma, noise, logit, h) -> (B,), which may have one mistake.
 
-    Right is what nano_dmd.f_distill does: r = exp(logit(xt, sigma)) at xt = x + sigma noise, cut to [0.1, 20], divided by
-    its mean in ten bins of log sigma; h of that over its mean; no graph.  You choose all arguments (handout, A6.5).
+    Right is r = exp(logit(xt, sigma)) at xt = x + sigma noise, cut to [0.1, 20], divided by its mean in ten bins of log
+    sigma (nano_dmd.f_distill.centred); h of that over its mean; no graph.  You choose all arguments (handout, A6.5).
     """
     ### BEGIN SOLUTION A6.5
     x = torch.linspace(-1, 1, 8, dtype=torch.float64)[:, None].requires_grad_()
@@ -284,7 +284,8 @@ def diagnose(weigh):
     if any((seen - torch.cat([(x + sigma[:, None] * noise)[:, 0], sigma])).abs().max() > 1e-9 for seen in asked):
         return "other noise"
     for verdict, values in (("right", log_r), ("wrong sign", -log_r)):
-        if torch.allclose(got, sample_weights(values, sigma, "kl")):
+        want = centred(values.exp().clamp(0.1, 20), sigma)
+        if torch.allclose(got, want / want.mean()):
             return verdict
     return "not normalised" if abs(got.mean() - 1) > 1e-6 else "one mean"
     ### END SOLUTION
