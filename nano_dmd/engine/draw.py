@@ -37,8 +37,6 @@ class Batch:
     z: torch.Tensor
     cond: torch.Tensor | None = None
     step: int = 0
-    level: float = 0.0
-    next_level: float = 0.0
     start: torch.Tensor | None = None
     real: torch.Tensor | None = None
     real_cond: torch.Tensor | None = None
@@ -46,6 +44,8 @@ class Batch:
     pair_z: torch.Tensor | None = None
     pair_x: torch.Tensor | None = None
     pair_cond: torch.Tensor | None = None
+    level: float = 0.0
+    next_level: float = 0.0
     xt: torch.Tensor | None = None
     x: torch.Tensor | None = None
     sigma: torch.Tensor | None = None

@@ -334,8 +334,9 @@ def check_option(option, argv, tmp_path, whole):
 @pytest.mark.parametrize("preset, option", [p for p in PRESETS if p[1] in ("full", "critic", "both")])
 def test_a_step_keeps_to_its_device_and_never_waits_for_it(preset, option, sd, prompts, photos, step_on_meta):
     flags = {name[2:]: int(rank) for name, rank in zip(OPTIONS[option][::2], OPTIONS[option][1::2])}
-    step_on_meta(dict(preset=preset, teacher=sd, prompts=prompts, data=photos if preset.endswith("gan") else "", batch=4,
-                      critic_steps=2, half_frozen=False) | flags)
+    real = preset.endswith("gan") or "f_distill" in preset
+    step_on_meta(dict(preset=preset, teacher=sd, prompts=prompts, data=photos if real else "", batch=4, critic_steps=2,
+                      half_frozen=False) | flags)
 
 
 def test_an_offloaded_teacher_visits_the_device(monkeypatch):
