@@ -154,13 +154,20 @@ def heun(denoiser, z, cond=None, steps=18, sigma_min=0.002, sigma_max=80.0, rho=
     return x.to(z.dtype)
 
 
+def edm_weight(sigma, sigma_data):
+    """(sigma^2 + sd^2) / (sigma sd)^2 = 1 / sigma^2 + 1 / sd^2: EDM's and DMD2's weight of errors.
+
+    sigma float or (B,); DMD2 edm_guidance.py:152.
+    """
+    return 1 / sigma**2 + 1 / sigma_data**2
+
+
 def edm_loss(denoiser, x, sigma, noise, cond=None, sigma_data=0.5):
     """EDM's denoising loss (eq. 8), per element: w(sigma) (D(x + sigma noise) - x)^2.
 
-    x, noise (B, *S), sigma (B,).  w = (sigma^2 + sd^2) / (sigma sd)^2 = 1 / sigma^2 + 1 / sd^2,
-    which is also DMD2's weight (edm_guidance.py:152).
+    x, noise (B, *S), sigma (B,).
     """
-    weight = 1 / sigma**2 + 1 / sigma_data**2
+    weight = edm_weight(sigma, sigma_data)
     return expand(weight, x) * (denoiser(add_noise(x, sigma, noise), sigma, cond) - x) ** 2
 
 

@@ -13,7 +13,7 @@ images  fixed_fd, fixed_precision, fixed_recall   stand-ins without a download; 
         in3       share within 3 std of a mode (true samples .989 in 2D)
         modes     modes that hold more than a quarter of their share
         weight_error   largest relative error of a mode's share
-not text   pairing   correlation with what the teacher's ODE makes of the same noise (1 = copies it)
+not text  pairing   correlation with the teacher's ODE answer to the same noise (1 = a copy)
 text    fid, clip   see metrics/text.py
 """
 

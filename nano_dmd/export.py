@@ -8,9 +8,8 @@ U-Net students that start from unit noise (DMD, DMD2) get an LCMScheduler, whose
 predict x0, noise it again. SiD's student starts from sigma z at timestep 625. It gets an Euler
 scheduler that knows only the first 626 timesteps and makes one step. Flow students get a
 FlowMatchLCMScheduler without shift. It cannot store its times, so they stand in the call, which the
-model card shows. Students with --ode_steps get DDIM, or Euler for flow: the same step. LoRA
-updates are merged into the weights; pytorch_lora_weights.safetensors holds
-them alone.
+model card shows. Students with --ode_steps get DDIM, or Euler for flow: the same step. LoRA updates
+are merged into the weights; pytorch_lora_weights.safetensors holds them alone.
 """
 
 import shutil

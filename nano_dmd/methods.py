@@ -127,8 +127,7 @@ def samples(nets, batch, graph):
     """x (B, *S) of a batch, made once; made again if a graph is wanted and x has none."""
     if batch.x is None or graph and not batch.x.requires_grad:
         with torch.set_grad_enabled(graph):
-            path = nets.generator.path(batch.z, batch.cond, batch.step, batch.start)
-            batch.xt, batch.x = path
+            batch.xt, batch.x = nets.generator.path(batch.z, batch.cond, batch.step, batch.start)
     return batch.x
 
 

@@ -124,7 +124,8 @@ PRESETS["cifar10-diff_instruct"] = dict(
 # divergences.  SIM has published no training code: SiD's settings.
 # SiDA: 300 M images.  Differs: there G rests for 100k images, its GAN term begins at 200k, and the
 # critic's gradients are clipped value by value.
-# RealUID train_distil.py: a U-Net of flow matching, 800k iterations of which every sixth moves G.
+# RealUID train_distil.py, a U-Net of flow matching.  Its 800k iterations are read as the updates of
+# both sides, 5 of the critic's to one of G's.
 PRESETS |= {
     "cifar10-f_distill": dict(CIFAR_DMD2, divergence="kl"),
     "cifar10-uncond-f_distill": dict(CIFAR_DMD2, divergence="kl"),

@@ -16,6 +16,7 @@ samples agree with the data: with a = b they move away from it, with b well abov
 (tutorials, notebook 14).
 """
 
+from nano_dmd.denoiser import edm_weight
 from nano_dmd.fake_score import predictions
 from nano_dmd.noise import add_noise, expand, repeated, same_shape
 from nano_dmd.real_score import normaliser
@@ -58,5 +59,4 @@ def real_uid_critic_loss(x, nets, batch, cfg):
     if a < 1:
         d_data = nets.fake(add_noise(batch.real, sigma, noise), sigma, batch.real_cond)
         loss = loss + (1 - a) * (d_data - (1 - b) / (1 - a) * batch.real) ** 2
-    weight = 1 / sigma**2 + 1 / nets.sigma_data**2
-    return (expand(weight, x) * loss).flatten(1).mean(1)
+    return (expand(edm_weight(sigma, nets.sigma_data), x) * loss).flatten(1).mean(1)

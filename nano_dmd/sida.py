@@ -7,6 +7,7 @@ SiD's loss gets an adversarial term, both with the same normaliser.
 
 import torch.nn.functional as F
 
+from nano_dmd.denoiser import edm_weight
 from nano_dmd.fake_score import predictions
 from nano_dmd.gan import R1_STEP
 from nano_dmd.noise import add_noise, repeated
@@ -58,5 +59,4 @@ def sida_critic_loss(x, nets, batch, cfg):
         yt = yt + R1_STEP * batch.noising(cfg.critic_sigma, batch.real)[1]
         moved = encoder_logits(nets.fake, yt, sigma, batch.real_cond)
         loss = loss + cfg.w_r1 * (real - moved) ** 2
-    weight = 1 / sigma**2 + 1 / nets.sigma_data**2
-    return weight * loss.mean(1)
+    return edm_weight(sigma, nets.sigma_data) * loss.mean(1)

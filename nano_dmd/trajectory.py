@@ -18,6 +18,7 @@ At s = 0 both are x.
 
 import torch
 
+from nano_dmd.denoiser import edm_weight
 from nano_dmd.dmd_loss import descend, dmd_gradient
 from nano_dmd.generator import ode_step
 from nano_dmd.noise import expand, interval
@@ -57,7 +58,7 @@ def trajectory_denoising_loss(x, nets, batch, cfg):
     tempered by 1 / pixels (train_tdm_demo.py:1100-1185).
     """
     xt, _, sigma = renoised(x, batch, cfg)
-    weight = 1 / sigma**2 + 1 / nets.sigma_data**2
+    weight = edm_weight(sigma, nets.sigma_data)
     gap = nets.fake(xt, sigma, batch.critic_cond) - x
     return (expand(weight, x) * gap**2).flatten(1).mean(1)
 
@@ -70,5 +71,5 @@ def phased_denoising_loss(x, nets, batch, cfg):
     """
     (xt, x_mid, sigma), s = renoised(x, batch, cfg), batch.next_level
     gap = nets.fake(xt, sigma, batch.critic_cond) - phased_target(xt, x_mid, sigma, s)
-    weight = (1 / sigma**2 + 1 / nets.sigma_data**2) * (1 - s**2 / sigma**2)
+    weight = edm_weight(sigma, nets.sigma_data) * (1 - s**2 / sigma**2)
     return (expand(weight, x) * gap**2).flatten(1).mean(1)

@@ -280,7 +280,7 @@ def validate_method(cfg):
         "--guidance 1 leaves nothing to augment: give --guidance, or --w_aug 0":
             "guidance" in knobs and cfg.w_aug and cfg.guidance == 1,
         "this method trains steps of the ODE: give --ode_steps, two or more --sigmas, --noisings 1":
-            "ode_steps" in knobs and not (cfg.ode_steps and "," in cfg.sigmas
+            "ode_steps" in knobs and not (cfg.ode_steps and len(cfg.sigma_list()) > 1
                                           and cfg.noisings == 1),
         f"--uid_b {cfg.uid_b}: with --uid_a 1 the critic sees no real data; give 1":
             "uid_a" in knobs and cfg.uid_a == 1 and cfg.uid_b != 1,

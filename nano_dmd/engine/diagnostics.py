@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from nano_dmd.denoiser import edm_weight
 from nano_dmd.engine.machine import forked
 from nano_dmd.methods import METHODS
 from nano_dmd.noise import add_noise
@@ -26,7 +27,7 @@ def gaps(x, nets, cond):
         sigma = x.new_full(x.shape[:1], level)
         xt = add_noise(x, sigma, torch.randn_like(x))
         d_real, d_fake = nets.real(xt, sigma, cond), nets.fake(xt, sigma, cond)
-        w = 1 / level**2 + 1 / nets.sigma_data**2
+        w = edm_weight(level, nets.sigma_data)
         mesm.append(w * (d_real - d_fake).square().mean())
         fake_loss.append(w * (d_fake - x).square().mean())
     return mesm, fake_loss
