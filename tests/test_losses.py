@@ -28,6 +28,8 @@ from nano_dmd.dmd_loss import diff_instruct_loss, dmd_gradient, dmd_loss, regres
 from nano_dmd.engine.build import build
 from nano_dmd.engine.config import resolve
 from nano_dmd.engine.draw import Batch, Draw
+from nano_dmd.engine.files import save_checkpoint
+from nano_dmd.engine.runs import state
 from nano_dmd.fake_score import FakeScore, denoising_loss
 from nano_dmd.gan import critic_logit_loss, gan_critic_loss, gan_generator_loss, generator_logit_loss
 from nano_dmd.methods import METHODS, Method, Nets, needs, samples, train_step, update
@@ -901,6 +903,19 @@ def test_there_is_an_average_of_the_fake_score_only_if_asked():
     nets = small_run("sid", ema_critic=5.0)[0]
     assert nets.slow_fake is not nets.fake and not any(p.requires_grad for p in nets.slow_fake.parameters())
     assert_same(snapshot(nets.fake), snapshot(nets.slow_fake))
+
+
+def test_init_begins_where_another_run_ended(tmp_path):
+    """--init: generator and its average begin at the saved generator, fake score and its average at the saved fake score."""
+    nets, opts, draw, cfg = small_run("dmd2", ema_critic=5.0)
+    for step in range(3):
+        train_step(nets, opts, draw, cfg, step)
+    save_checkpoint(tmp_path / "checkpoint.pt", state(cfg, 3, (0.0, 0.0), nets, opts, draw))
+    begun = small_run("dmd2", ema_critic=5.0, init=str(tmp_path))[0]
+    weights = lambda *modules: (snapshot(*modules)[0], [])
+    assert_same(weights(begun.generator, begun.ema), weights(nets.generator, nets.generator))
+    assert_same(weights(begun.fake, begun.slow_fake), weights(nets.fake, nets.fake))
+    assert moved(weights(nets.fake), weights(nets.slow_fake))                              # so the test could have failed
 
 
 def test_updates_do_not_accumulate():

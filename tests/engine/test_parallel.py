@@ -89,10 +89,11 @@ sharded = pytest.mark.skipif(torch.__version__ < "2.7", reason="FSDP2 of torch 2
 
 @sharded
 @pytest.mark.slow
-def test_sharded_weights_train_alike(tmp_path):
+@pytest.mark.parametrize("more", [[], ["--ida", ".05", "--ema_critic", "3"]], ids=["plain", "IDA, averaged critic"])
+def test_sharded_weights_train_alike(more, tmp_path):
     """--shard (FSDP2): each of two processes keeps half of every weight, and the run is that of one process to 1e-6; two or
     one resume what two began, optimiser state included."""
-    arguments = [*RUNS["toy dmd2 with GAN"], *SHORT]
+    arguments = [*RUNS["toy dmd2 with GAN"], *SHORT, *more]
     one = train_with(1, tmp_path / "one", *arguments)
     assert_close(train_with(2, tmp_path / "two", *arguments, "--shard"), one, atol=1e-6)
     for count in (2, 1):
