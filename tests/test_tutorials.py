@@ -3,6 +3,7 @@
 import ast
 import copy
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import nbformat
 import pytest
 
 from nano_dmd.engine.files import UserError
-from tutorials import equations, run
+from tutorials import copying, equations, run
 
 ROOT = Path(__file__).parents[1]
 NUMBERS = ("00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11", "12", "13", "14", "15")
@@ -112,3 +113,20 @@ def test_index_lists_every_notebook():
         assert f"]({path.name})" in text, path.name
     for target in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert (equations.INDEX.parent / target).exists(), target
+
+
+def test_figure_of_what_students_copy(tmp_path, capsys):
+    """tutorials.copying: the first row of a method counts, references do not; a mistake is one sentence."""
+    rows = {"dmd --steps 9": {"pairing": [0.9, 0.01], "sw2": [1.0, 0.1]}, "dmd": {"pairing": [0.1, 0.0]},
+            "sid": {"pairing": [0.8, 0.02]}, "teacher": {"sw2": [1.0, 0.0]}}
+    (tmp_path / "compare.json").write_text(json.dumps(rows))
+    assert copying.pairings(tmp_path) == {"dmd": [0.9, 0.01], "sid": [0.8, 0.02]}
+    copying.main([str(tmp_path / "a.png"), f"ring, 2={tmp_path}", f"again, 2={tmp_path}"])
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    for arguments, sentence in (([tmp_path / "a.txt", f"a={tmp_path}"], "must end in .png"),
+                                ([tmp_path / "a.png", "ring"], "expected NAME=FOLDER, got 'ring'")):
+        with pytest.raises(UserError, match=sentence):
+            copying.main([str(a) for a in arguments])
+    (tmp_path / "compare.json").write_text(json.dumps({"teacher": {"sw2": [1.0, 0.0]}}))
+    with pytest.raises(UserError, match="has no pairing"):
+        copying.pairings(tmp_path)
