@@ -48,13 +48,14 @@ PRESETS |= {
         bf16=True, sigmas="2.5", dm_sigma="lognormal(-0.8,1.2)", gan_sigma="lognormal(-0.5,1.2)"),
     "digits-dmd": dict(steps=500, lr_generator=1.5e-3, lr_critic=1.5e-3, control=True),
     "digits-dmd2": dict(steps=400, critic_steps=2, w_gan=0.1, w_disc=0.03),
-    "digits-sid": dict(steps=900, lr_generator=5e-4, lr_critic=1.5e-3),
+    "digits-sid": dict(steps=440, critic_steps=2, lr_generator=5e-4, lr_critic=1.5e-3),
     "digits-diff_instruct": dict(steps=600),
     "digits-regression": dict(steps=500, lr_generator=1.5e-3),
     "digits-f_distill": dict(
         steps=350, critic_steps=2, w_gan=0.1, w_disc=0.03, divergence="kl"),
     "digits-decoupled": dict(steps=500, critic_steps=2, guidance=1.5),
-    "digits-sim": dict(steps=700, lr_generator=3e-4, lr_critic=1.5e-3),
+    "digits-sim": dict(
+        steps=440, critic_steps=2, lr_generator=3e-4, lr_critic=1.5e-3, decay_from=0.2),
     "digits-sida": dict(steps=550, lr_generator=5e-4, lr_critic=1.5e-3, w_gan=1e-2, w_disc=0.015),
     "digits-real_uid": dict(
         steps=600, lr_generator=5e-4, lr_critic=1.5e-3, uid_a=0.92, uid_b=0.94),
