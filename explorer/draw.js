@@ -122,8 +122,9 @@ function arrow_layers(world, seen, extent) {
   if (cfg.arrows === "moves" || (cfg.arrows === "parts" && !names))
     return { unit: sum, word: "steps", layers: [["the move", GRADIENT, [], x, sum]] };
   if (cfg.arrows === "parts")
-    return { unit: sum, word: "steps", layers: [[names[0], FIRST, [], x, down(seen.a)],
-      [names[1], INK, [4, 3], x, down(seen.b)], ["their sum", GRADIENT, [], x, sum]] };
+    return { unit: sum, word: "steps", layers: [["their sum", GRADIENT, [], x, sum],
+      [names[0], FIRST, [], x, down(seen.a)], [names[1], INK, [4, 3], x, down(seen.b)]] };
+  if (cfg.arrows === "none") return { unit: [], word: "steps", layers: [] };
   const { points, real, fake, gap } = field(world, seen, extent);
   if (cfg.arrows === "scores")
     return { unit: [...real, ...fake], word: "x score", layers: [["score_real", REAL, [], points, real],
@@ -156,18 +157,18 @@ function draw_plane(canvas, world, seen, extent) {
   circles(c, x, Math.max(3, cfg.h * k), w, extent);
   c.fillStyle = "rgba(213,94,0,.07)";
   c.fill();
-  circles(c, x, Math.max(2.2, w / 260), w, extent);
-  c.fillStyle = "rgba(213,94,0,.85)";
-  c.fill();
   const { unit, word, layers } = arrow_layers(world, seen, extent), cell = 2 * extent / 17;
   const factor = zoom_of(unit, word === "steps" ? 0.2 : 1.1 * cell);
-  for (const [, colour, dash, points, vectors] of layers)
-    draw_arrows(c, in_pixels(points, vectors, factor, word === "steps" ? 0.45 : 1.5 * cell, w, extent),
-      colour, Math.max(1.2, w / 480), dash);
-  if (cfg.particle >= 0) draw_probe(c, world, seen, w, extent);
   const size = word === "steps" ? `arrows: ${factor} x one step` : `arrows: ${factor.toPrecision(2)} x the score`;
   draw_legend(c, [...layers.map((l) => [l[0], l[1]]), ...(before === x ? [] : [["what the fake score knows", FAKE]])],
-    size, w, rem);
+    size, rem);
+  for (const [name, colour, dash, points, vectors] of layers)
+    draw_arrows(c, in_pixels(points, vectors, factor, word === "steps" ? 0.45 : 1.5 * cell, w, extent),
+      colour, Math.max(1.2, w / 480) * (name === "their sum" ? 2 : 1), dash);
+  circles(c, x, Math.max(2.2, w / 260), w, extent);
+  c.fillStyle = FAKE;
+  c.fill();
+  if (cfg.particle >= 0) draw_probe(c, world, seen, w, extent);
 }
 
 function draw_modes(c, cfg, modes, w, extent) {
@@ -187,8 +188,9 @@ function draw_modes(c, cfg, modes, w, extent) {
       c.globalAlpha = 0.9;
       c.fillStyle = REAL;
       c.textAlign = "center";
-      const above = y > 40 ? -radius - 5 : radius + 16;
-      c.fillText(`${Math.round(100 * mode.weight / total)} %`, x, y + above);
+      const away = Math.hypot(x - w / 2, y - w / 2), far = (radius + 20) / away;       // outwards
+      const [u, v] = away > 10 ? [far * (x - w / 2), far * (y - w / 2)] : [0, -radius - 20];
+      c.fillText(`${Math.round(100 * mode.weight / total)} %`, x + u, y + v + 5);
     }
     c.globalAlpha = 1;
   });
@@ -227,7 +229,7 @@ function draw_probe(c, world, seen, w, extent) {
   }
 }
 
-function draw_legend(c, entries, note, w, rem) {
+function draw_legend(c, entries, note, rem) {
   const line = 1.25 * rem, wide = Math.max(...[...entries.map((e) => e[0]), note].map((t) => c.measureText(t).width));
   c.fillStyle = "rgba(255,255,255,.82)";
   c.fillRect(6, 6, wide + 2.1 * rem, line * (entries.length + 1) + 8);
@@ -248,7 +250,7 @@ function draw_curves(canvas, history, skew) {
   const { c, w, h, rem } = prepared(canvas), half = (w - rem) / 2;
   const log = (list) => list.map((v) => Math.log10(Math.max(1e-3, v)));
   panel(c, 0, half, h, rem, "loss that the method prints", history.step, [[history.loss, GRADIENT, []]], (v) =>
-    `${Math.abs(v) < 1e-12 ? 0 : +v.toPrecision(2)}`);
+    (Math.abs(v) >= 1e-3 ? `${+v.toPrecision(2)}` : v ? v.toExponential(0) : "0"));
   const lines = [[log(history.kl), FAKE, []]];
   if (skew) lines.push([log(history.kl_teacher), REAL, [5, 4]]);
   panel(c, half + rem, half, h, rem, skew ? "true KL to data, to teacher (dashed)" : "true KL (log axis)", history.step,
@@ -256,7 +258,8 @@ function draw_curves(canvas, history, skew) {
 }
 
 function panel(c, left, w, h, rem, title, steps, lines, name) {
-  const all = lines.flatMap((l) => l[0]), low = Math.min(...all), high = Math.max(...all), span = high - low || 1;
+  const all = lines.flatMap((l) => l[0]).sort((a, b) => a - b), low = all[0];       // a spike is cut:
+  const high = all[Math.ceil(0.98 * (all.length - 1))], span = high - low || 1;     // 2 % of the values
   const x0 = left + 3.2 * rem, x1 = left + w - 4, y0 = h - 1.3 * rem, y1 = 1.7 * rem;
   const last = Math.max(1, steps[steps.length - 1] || 1), first = steps[0] || 0;
   c.fillStyle = INK;
@@ -277,7 +280,7 @@ function panel(c, left, w, h, rem, title, steps, lines, name) {
     c.setLineDash(dash);
     c.beginPath();
     values.forEach((v, k) => c.lineTo(x0 + (x1 - x0) * (steps[k] - first) / Math.max(1, last - first),
-      y0 - (y0 - y1) * (0.05 + 0.9 * (v - low) / span)));
+      y0 - (y0 - y1) * Math.min(1, 0.05 + 0.9 * (v - low) / span)));
     c.stroke();
     c.setLineDash([]);
   }

@@ -16,7 +16,7 @@ const CONTROLS = {
       is("dmd", "dmd2", "sid")],
     ["alpha", "alpha", "SiD's mix. 1/2 descends half its divergence, 1 leaves out what moves x alone.", "range",
       [-0.5, 2, 0.05], is("sid")],
-    ["divergence", "Divergence", "h(r) weighs each point by r = p_real / p_fake.", "select",
+    ["divergence", "Divergence", "What weight h(r) a point gets; r = p_real / p_fake.", "select",
       { rkl: "reverse KL, h = 1", kl: "forward KL, h = r", js: "Jensen-Shannon, r/(r+1)", sf: "softened rkl, 1/(r+1)",
         sh: "Hellinger, sqrt(r)/2", jf: "Jeffreys, r + 1", neyman: "Neyman, 2/r" }, is("f_distill")],
     ["w_gan", "GAN weight", "How much the GAN adds. Its discriminator is the best possible: logit = ln r.", "log",
@@ -65,19 +65,19 @@ const RESTARTS = ["n", "start", "seed"], OF_MODE = ["weight", "std", "label"];
 
 const TRY = [
   ["The loss says nothing", "sigma=0.3",
-    "DMD from a blob. The loss falls at once and stays flat near 0. The true KL goes on falling for hundreds of steps."],
+    "DMD from a blob. The loss falls at once and stays near 0. The true KL goes on falling for hundreds of steps."],
   ["Late fake score", "shape=one&start=left&delay=12&rate=0.1&sigma=0.6&n=200",
-    "The fake score knows only the hollow points of 12 steps ago. The student overshoots and swings. Set the delay to 0."],
-  ["SiD at alpha 1.2", "method=sid&alpha=1.2&arrows=parts&n=100&start=wide&draws=16",
-    "Green is DMD's direction. The dashed part goes through the Jacobians. The move is their sum: try alpha 0.5 and -0.5."],
+    "The fake score knows only the hollow points, of 12 steps ago. The student overshoots and swings. Set the delay to 0."],
+  ["SiD at alpha 1.2", "method=sid&alpha=1.2&arrows=parts&n=100&start=wide",
+    "Green is DMD's direction. The dashed part goes through the Jacobians. The loss is below 0 and rises; the KL falls."],
   ["Normaliser off", "normalise=false&rate=0.1&start=left",
-    "Without the normaliser the pull gets weak close to the data. Switch it on: the same step length is too much."],
-  ["Covers or seeks", "method=f_distill&divergence=kl&shape=two&start=mode&sigma=0.4&n=200",
-    "All points start on one mode. Forward KL (h = r) sends the points near the empty mode first. Compare Neyman, 2/r."],
-  ["Wrong teacher", "skew=0.6&method=dmd2&w_gan=0.1&start=target&sigma=0.2",
-    "The teacher's weights are wrong. DMD alone copies them. The GAN sees data and holds against it: compare both KLs."],
-  ["Guidance never stops", "method=decoupled&cond=0&matching=false&arrows=parts&shape=two&start=wide&rate=0.02",
-    "Augmentation alone climbs towards class A and does not stop there. Switch matching on: the points settle."],
+    "Close to the data the pull is weak: many points stay between the modes. Switch the normaliser on and compare the KL."],
+  ["Covers or seeks", "method=f_distill&divergence=kl&shape=two&start=mode&sigma=0.25&rate=0.01&n=200&mode=1",
+    "All points start on one mode. Forward KL, h = r, fills the empty mode faster than h = 1. Neyman, 2/r, is slowest."],
+  ["Wrong teacher", "skew=0.6&shape=two&start=target&sigma=0.5&n=200&mode=1",
+    "The teacher gives the right mode 20 % instead of 50 %. DMD copies that. Choose GAN: it looks at the data and repairs."],
+  ["Guidance never stops", "method=decoupled&cond=0&matching=false&arrows=parts&shape=two&start=wide&rate=0.05&sigma=1&n=200",
+    "Augmentation alone runs away from class B and does not stop. Switch matching on: the points come back and rest."],
 ];
 
 // ---- the world and what has been seen of it
@@ -246,12 +246,21 @@ function table(id, rows) {
     element("tr", {}, element("th", { scope: "row" }, name), element("td", key ? { id: key } : {}, value))));
 }
 
+/** The share of points to which no other mode is nearer than mode m. */
+function share_of(m) {
+  const { modes, x, cfg } = world, far = (mode, i) => (mode.x - x[2 * i]) ** 2 + (mode.y - x[2 * i + 1]) ** 2;
+  let count = 0;
+  for (let i = 0; i < cfg.n; i++) if (modes.every((mode) => far(modes[m], i) <= far(mode, i))) count += 1;
+  return count / cfg.n;
+}
+
 function paint() {
   const { cfg } = world;
   draw_plane($("plane"), world, seen, extent);
   draw_curves($("curves"), history_, cfg.skew);
   const rows = [["step", `${world.step}`, "n-step"], ["loss", digits(seen.loss), "n-loss"],
-    ["mean |d_real - d_fake|^2", digits(seen.mesm), "n-mesm"], ["true KL to the data", digits(seen.kl), "n-kl"]];
+    ["mean |d_real - d_fake|^2", digits(seen.mesm), "n-mesm"], ["true KL to the data", digits(seen.kl), "n-kl"],
+    ["points nearest to the chosen mode", `${Math.round(100 * share_of(cfg.mode))} %`, "n-share"]];
   if (cfg.skew) rows.push(["true KL to the teacher", digits(seen.kl_teacher), "n-kl-teacher"]);
   table("rows", rows);
   $("probe").hidden = cfg.particle < 0;

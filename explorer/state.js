@@ -125,6 +125,14 @@ function to_link(world) {
   return words.join("&");
 }
 
+const ALLOWED = { shape: Object.keys(S.SHAPES), method: Object.keys(RATES), cond: ["-1", "0", "1"],
+  divergence: Object.keys(M.WEIGHTS), start: ["blob", "wide", "left", "mode", "target"],
+  arrows: ["moves", "parts", "scores", "gap", "none"] };
+const LIMITS = { n: [20, 500, 1], draws: [2, 64, 2], delay: [0, MOST_LATE, 1], seed: [0, 1e6, 1],
+  particle: [-1, 499, 1], mode: [0, 999, 1], h: [0.01, 0.5], sigma: [0.02, 10], low: [0.02, 10],
+  high: [0.02, 10], skew: [0, 0.9], rate: [1e-4, 1], w_gan: [0, 10], alpha: [-10, 10],
+  guidance: [0, 20] };                             // least, most, and the unit of whole numbers
+
 /** The world of a link.  What it does not know, or cannot use, it leaves at its default. */
 function from_link(text) {
   const words = new URLSearchParams(text.replace(/^#/, "")), changes = {};
@@ -134,24 +142,24 @@ function from_link(text) {
     if (typeof usual === "boolean") changes[name] = value === "true";
     if (typeof usual === "string") changes[name] = value;
   }
-  const allowed = { shape: S.SHAPES, method: RATES, divergence: M.WEIGHTS };
-  for (const name in allowed) if (!(changes[name] in allowed[name])) delete changes[name];
-  const limits = { n: [20, 500], draws: [2, 64], delay: [0, MOST_LATE], h: [0.01, 0.5],
-    sigma: [0.01, 10], low: [0.01, 10], high: [0.01, 10], seed: [0, 1e6] };
-  for (const name in limits) if (name in changes)
-    changes[name] = Math.min(limits[name][1], Math.max(limits[name][0], changes[name]));
-  for (const name of ["n", "delay", "seed"]) if (name in changes) changes[name] = Math.round(changes[name]);
-  if ("draws" in changes) changes.draws = 2 * Math.round(changes.draws / 2);
+  for (const name in ALLOWED) if (!ALLOWED[name].includes(`${changes[name]}`)) delete changes[name];
+  for (const name in LIMITS) if (name in changes) {
+    const [least, most, whole] = LIMITS[name], value = Math.min(most, Math.max(least, changes[name]));
+    changes[name] = whole ? whole * Math.round(value / whole) : value;
+  }
   const modes = (words.get("modes") || "").split(";").map((one) => one.split(",").map(Number))
     .filter((m) => m.length === 5 && m.every(Number.isFinite) && m[2] > 0 && m[3] > 0)
     .map(([x, y, std, weight, label]) => ({ x, y, std, weight, label }));
-  const world = new_world(changes, modes.length ? modes : null);
+  const world = new_world(changes, modes.length ? modes : null), { cfg } = world;
+  cfg.mode = Math.min(cfg.mode, world.modes.length - 1);
+  cfg.particle = Math.min(cfg.particle, cfg.n - 1);
   try {
     const x = words.has("x") ? from_text(words.get("x")) : world.x;
     if (x.length === world.x.length && x.every(Number.isFinite)) {
       world.x = x;
       world.step = Math.max(0, parseInt(words.get("step") || "0", 10) || 0);
-      world.past = words.has("past") ? words.get("past").split(".").map(from_text) : [];
+      const past = words.has("past") ? words.get("past").split(".").map(from_text) : [];
+      world.past = past.filter((p) => p.length === x.length && p.every(Number.isFinite));
     }
   } catch {
     world.past = [];                               // a link that was cut off: start afresh
