@@ -41,9 +41,10 @@ for (const c of golden.points) {                   // one sample's quantities
   const at = { real: M.noised(real, c.sigma), fake: M.noised(fake, c.sigma),
     cond: M.noised(real, c.sigma, 1) };
   for (let i = 0; i < c.x.length / 2; i++) {
-    const pair = (list) => list.slice(2 * i, 2 * i + 2), triple = (list) => list.slice(3 * i, 3 * i + 3);
-    const x = pair(c.x), xt = pair(c.xt), r = M.answer(), f = M.answer(), d = M.answer(), g = M.answer();
-    const out = [0, 0], more = [0, 0];
+    const pair = (list) => list.slice(2 * i, 2 * i + 2);
+    const triple = (list) => list.slice(3 * i, 3 * i + 3);
+    const x = pair(c.x), xt = pair(c.xt), out = [0, 0], more = [0, 0];
+    const [r, f, d, g] = [1, 2, 3, 4].map(M.answer);
     M.denoise(at.real, ...xt, r);
     M.denoise(at.fake, ...xt, f);
     M.denoise(at.cond, ...xt, d);
@@ -89,7 +90,8 @@ const { particles, own, noise, sigmas, methods } = golden.batch;
 for (const method in methods) {                    // every method, averaged over noises
   const teacher = M.mixture(modes("ring8_skewed")), data = M.mixture(modes("ring8"));
   const cfg = { method, alpha: 1.2, normalise: true, divergence: "js", w_gan: golden.w_gan,
-    cond: method === "decoupled" ? 1 : -1, guidance: golden.guidance, matching: true, h: golden.width };
+    cond: method === "decoupled" ? 1 : -1, guidance: golden.guidance, matching: true,
+    h: golden.width };
   const fake = M.kernels(particles, golden.width), { a, b, loss } = methods[method];
   const found = M.gradients(particles, teacher, data, fake, own, noise, sigmas, cfg);
   hold(`all particles, ${method}`, found.a, a);

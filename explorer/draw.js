@@ -1,12 +1,20 @@
-// Pictures: the plane with target, particles and arrows, and the two curves.  Colours of toy/plots.py.
+// Pictures: the plane with target, particles and arrows, and two curves.  Colours of toy/plots.py.
 "use strict";
 
-const REAL = "#0072B2", FAKE = "#D55E00", FIRST = "#009E73", GRADIENT = "#AA3377", INK = "#1b1f24";
-const SOFT = "#57606a", LINE = "#d8dee4", EXTENT = 1.3;
+const REAL = "#0072B2",
+  FAKE = "#D55E00",
+  FIRST = "#009E73",
+  GRADIENT = "#AA3377",
+  INK = "#1b1f24";
+const SOFT = "#57606a",
+  LINE = "#d8dee4",
+  EXTENT = 1.3;
 
 /** Canvas ready to draw on in CSS pixels: {c, w, h}. */
 function prepared(canvas) {
-  const ratio = window.devicePixelRatio || 1, w = canvas.clientWidth, h = canvas.clientHeight;
+  const ratio = window.devicePixelRatio || 1,
+    w = canvas.clientWidth,
+    h = canvas.clientHeight;
   if (canvas.width !== Math.round(w * ratio) || canvas.height !== Math.round(h * ratio)) {
     canvas.width = Math.round(w * ratio);
     canvas.height = Math.round(h * ratio);
@@ -20,21 +28,31 @@ function prepared(canvas) {
 }
 
 /** From data to pixels and back, on a square of side w that shows [-extent, extent]^2. */
-const to_pixel = (v, axis, w, extent) => (axis ? extent - v : v + extent) * w / (2 * extent);
-const to_data = (p, axis, w, extent) => (axis ? extent - p * 2 * extent / w : p * 2 * extent / w - extent);
+const to_pixel = (v, axis, w, extent) => ((axis ? extent - v : v + extent) * w) / (2 * extent);
+const to_data = (p, axis, w, extent) =>
+  axis ? extent - (p * 2 * extent) / w : (p * 2 * extent) / w - extent;
 
 let heat = { key: "", canvas: null };
 
-/** The density of the modes, clean, as a picture in shades of REAL; made again only when they change. */
+/** The clean density of the modes, in shades of REAL; made again only when they change. */
 function density(modes, extent) {
   const key = JSON.stringify([modes, extent]);
   if (heat.key === key) return heat.canvas;
-  const size = modes.length > 30 ? 110 : 170, p = noised(mixture(modes), 0.015);
+  const size = modes.length > 30 ? 110 : 170,
+    p = noised(mixture(modes), 0.015);
   const canvas = document.createElement("canvas");
   canvas.width = canvas.height = size;
-  const c = canvas.getContext("2d"), image = c.createImageData(size, size);
-  const value = Float64Array.from({ length: size * size }, (_, k) => Math.exp(log_prob(p,
-    to_data(k % size + 0.5, 0, size, extent), to_data(Math.floor(k / size) + 0.5, 1, size, extent))));
+  const c = canvas.getContext("2d"),
+    image = c.createImageData(size, size);
+  const value = Float64Array.from({ length: size * size }, (_, k) =>
+    Math.exp(
+      log_prob(
+        p,
+        to_data((k % size) + 0.5, 0, size, extent),
+        to_data(Math.floor(k / size) + 0.5, 1, size, extent),
+      ),
+    ),
+  );
   const top = value.reduce((a, b) => Math.max(a, b), 0);
   value.forEach((v, k) => image.data.set([0, 114, 178, 175 * Math.sqrt(v / top)], 4 * k));
   c.putImageData(image, 0, 0);
@@ -56,9 +74,12 @@ function draw_arrows(c, list, colour, width, dash = []) {
   c.setLineDash([]);
   c.beginPath();
   for (let k = 0; k < list.length; k += 4) {
-    const [x, y, u, v] = list.slice(k, k + 4), length = Math.hypot(u, v);
+    const [x, y, u, v] = list.slice(k, k + 4),
+      length = Math.hypot(u, v);
     if (length < 2) continue;
-    const head = Math.min(3.2 * width + 2, 0.8 * length) / length, a = u * head, b = v * head;
+    const head = Math.min(3.2 * width + 2, 0.8 * length) / length,
+      a = u * head,
+      b = v * head;
     c.moveTo(x + u + a * 0.3, y + v + b * 0.3);
     c.lineTo(x + u - a - b * 0.55, y + v - b + a * 0.55);
     c.lineTo(x + u - a + b * 0.55, y + v - b - a * 0.55);
@@ -75,13 +96,20 @@ function zoom_of(arrows, want) {
   return typical > 0 ? 2 ** Math.max(-6, Math.min(14, Math.floor(Math.log2(want / typical)))) : 1;
 }
 
-/** Arrows [x, y, u, v] in pixels from points (2 N) and vectors (2 N) in data units, cut at `most`. */
+/** Arrows [x, y, u, v] in pixels from points and vectors (2 N) in data units; `most`: longest. */
 function in_pixels(points, vectors, factor, most, w, extent) {
-  const list = [], unit = w / (2 * extent);
+  const list = [],
+    unit = w / (2 * extent);
   for (let k = 0; k < points.length; k += 2) {
-    const scale = factor * Math.min(1, most / Math.max(1e-300, factor * Math.hypot(vectors[k], vectors[k + 1])));
-    list.push(to_pixel(points[k], 0, w, extent), to_pixel(points[k + 1], 1, w, extent),
-      scale * vectors[k] * unit, -scale * vectors[k + 1] * unit);
+    const scale =
+      factor *
+      Math.min(1, most / Math.max(1e-300, factor * Math.hypot(vectors[k], vectors[k + 1])));
+    list.push(
+      to_pixel(points[k], 0, w, extent),
+      to_pixel(points[k + 1], 1, w, extent),
+      scale * vectors[k] * unit,
+      -scale * vectors[k + 1] * unit,
+    );
   }
   return list;
 }
@@ -89,7 +117,8 @@ function in_pixels(points, vectors, factor, most, w, extent) {
 function circles(c, points, radius, w, extent) {
   c.beginPath();
   for (let k = 0; k < points.length; k += 2) {
-    const x = to_pixel(points[k], 0, w, extent), y = to_pixel(points[k + 1], 1, w, extent);
+    const x = to_pixel(points[k], 0, w, extent),
+      y = to_pixel(points[k + 1], 1, w, extent);
     c.moveTo(x + radius, y);
     c.arc(x, y, radius, 0, 7);
   }
@@ -97,11 +126,17 @@ function circles(c, points, radius, w, extent) {
 
 /** Scores of teacher and fake on a lattice of 17 x 17 points at the slider's sigma. */
 function field(world, seen, extent) {
-  const points = [], real = [], fake = [], sigma = sigmas(world.cfg)[0];
-  const at_real = noised(seen.teacher, sigma, seen.settings.cond), at_fake = noised(seen.fake, sigma);
-  const r = answer(), f = answer(), s = [0, 0];
+  const points = [],
+    real = [],
+    fake = [],
+    sigma = sigmas(world.cfg)[0];
+  const at_real = noised(seen.teacher, sigma, seen.settings.cond),
+    at_fake = noised(seen.fake, sigma);
+  const r = answer(),
+    f = answer(),
+    s = [0, 0];
   for (let k = 0; k < 289; k++) {
-    const xt = [k % 17, Math.floor(k / 17)].map((v) => (v - 8) * extent / 8.5);
+    const xt = [k % 17, Math.floor(k / 17)].map((v) => ((v - 8) * extent) / 8.5);
     denoise(at_real, ...xt, r);
     denoise(at_fake, ...xt, f);
     points.push(...xt);
@@ -115,26 +150,49 @@ function field(world, seen, extent) {
 
 /** What the arrows are: [[name, colour, dash, points, vectors], ...] and a word on their length. */
 function arrow_layers(world, seen, extent) {
-  const { cfg, x } = world, down = (part) => part.map((v) => -cfg.rate * v);
+  const { cfg, x } = world,
+    down = (part) => part.map((v) => -cfg.rate * v);
   const sum = seen.a.map((v, k) => -cfg.rate * (v + seen.b[k]));
-  const names = { sid: ["direct", "through the Jacobians"], dmd2: ["distribution matching", "GAN"],
-    decoupled: ["matching", "augmentation"] }[cfg.method];
+  const names = {
+    sid: ["direct", "through the Jacobians"],
+    dmd2: ["distribution matching", "GAN"],
+    decoupled: ["matching", "augmentation"],
+  }[cfg.method];
   if (cfg.arrows === "moves" || (cfg.arrows === "parts" && !names))
     return { unit: sum, word: "steps", layers: [["the move", GRADIENT, [], x, sum]] };
   if (cfg.arrows === "parts")
-    return { unit: sum, word: "steps", layers: [["their sum", GRADIENT, [], x, sum],
-      [names[0], FIRST, [], x, down(seen.a)], [names[1], INK, [4, 3], x, down(seen.b)]] };
+    return {
+      unit: sum,
+      word: "steps",
+      layers: [
+        ["their sum", GRADIENT, [], x, sum],
+        [names[0], FIRST, [], x, down(seen.a)],
+        [names[1], INK, [4, 3], x, down(seen.b)],
+      ],
+    };
   if (cfg.arrows === "none") return { unit: [], word: "steps", layers: [] };
   const { points, real, fake, gap } = field(world, seen, extent);
   if (cfg.arrows === "scores")
-    return { unit: [...real, ...fake], word: "x score", layers: [["score_real", REAL, [], points, real],
-      ["score_fake", FAKE, [4, 3], points, fake]] };
-  return { unit: gap, word: "x score", layers: [["score_real - score_fake", GRADIENT, [], points, gap]] };
+    return {
+      unit: [...real, ...fake],
+      word: "x score",
+      layers: [
+        ["score_real", REAL, [], points, real],
+        ["score_fake", FAKE, [4, 3], points, fake],
+      ],
+    };
+  return {
+    unit: gap,
+    word: "x score",
+    layers: [["score_real - score_fake", GRADIENT, [], points, gap]],
+  };
 }
 
 /** The plane. `held` is the index of a mode that is being dragged, or -1. */
 function draw_plane(canvas, world, seen, extent) {
-  const { c, w, rem } = prepared(canvas), { cfg, modes, x } = world, k = w / (2 * extent);
+  const { c, w, rem } = prepared(canvas),
+    { cfg, modes, x } = world,
+    k = w / (2 * extent);
   c.imageSmoothingEnabled = true;
   c.drawImage(density(modes, extent), 0, 0, w, w);
   c.strokeStyle = "rgba(27,31,36,.08)";
@@ -149,7 +207,8 @@ function draw_plane(canvas, world, seen, extent) {
   c.stroke();
   draw_modes(c, cfg, modes, w, extent);
   const before = late(world);
-  if (before !== x) {                              // those whom the fake score knows
+  if (before !== x) {
+    // those whom the fake score knows
     circles(c, before, 3, w, extent);
     c.strokeStyle = "rgba(213,94,0,.45)";
     c.stroke();
@@ -157,14 +216,30 @@ function draw_plane(canvas, world, seen, extent) {
   circles(c, x, Math.max(3, cfg.h * k), w, extent);
   c.fillStyle = "rgba(213,94,0,.07)";
   c.fill();
-  const { unit, word, layers } = arrow_layers(world, seen, extent), cell = 2 * extent / 17;
-  const factor = zoom_of(unit, word === "steps" ? 0.2 : 1.1 * cell);
-  const size = word === "steps" ? `arrows: ${factor} x one step` : `arrows: ${factor.toPrecision(2)} x the score`;
-  draw_legend(c, [...layers.map((l) => [l[0], l[1]]), ...(before === x ? [] : [["what the fake score knows", FAKE]])],
-    size, rem);
+  const { unit, word, layers } = arrow_layers(world, seen, extent),
+    cell = (2 * extent) / 17;
+  const factor = zoom_of(unit, word === "steps" ? 0.15 : 1.1 * cell);
+  const size =
+    word === "steps"
+      ? `arrows: ${factor} x one step`
+      : `arrows: ${factor.toPrecision(2)} x the score`;
+  draw_legend(
+    c,
+    [
+      ...layers.map((l) => [l[0], l[1]]),
+      ...(before === x ? [] : [["what the fake score knows", FAKE]]),
+    ],
+    size,
+    rem,
+  );
   for (const [name, colour, dash, points, vectors] of layers)
-    draw_arrows(c, in_pixels(points, vectors, factor, word === "steps" ? 0.45 : 1.5 * cell, w, extent),
-      colour, Math.max(1.2, w / 480) * (name === "their sum" ? 2 : 1), dash);
+    draw_arrows(
+      c,
+      in_pixels(points, vectors, factor, word === "steps" ? 0.35 : 1.5 * cell, w, extent),
+      colour,
+      Math.max(1.2, w / 480) * (name === "their sum" ? 2 : 1),
+      dash,
+    );
   circles(c, x, Math.max(2.2, w / 260), w, extent);
   c.fillStyle = FAKE;
   c.fill();
@@ -172,14 +247,17 @@ function draw_plane(canvas, world, seen, extent) {
 }
 
 function draw_modes(c, cfg, modes, w, extent) {
-  const total = modes.reduce((sum, mode) => sum + mode.weight, 0), many = modes.length > 30;
+  const total = modes.reduce((sum, mode) => sum + mode.weight, 0),
+    many = modes.length > 30;
   modes.forEach((mode, m) => {
-    const x = to_pixel(mode.x, 0, w, extent), y = to_pixel(mode.y, 1, w, extent);
-    const chosen = m === cfg.mode, radius = Math.max(many ? 2 : 9, 2 * mode.std * w / (2 * extent));
+    const x = to_pixel(mode.x, 0, w, extent),
+      y = to_pixel(mode.y, 1, w, extent);
+    const chosen = m === cfg.mode,
+      radius = Math.max(many ? 2 : 9, (2 * mode.std * w) / (2 * extent));
     c.strokeStyle = REAL;
     c.globalAlpha = chosen ? 1 : many ? 0.15 : 0.6;
     c.lineWidth = chosen ? 3 : 1.5;
-    c.setLineDash(mode.label === 1 ? [5, 4] : []);           // class 1 is dashed
+    c.setLineDash(mode.label === 1 ? [5, 4] : []); // class 1 is dashed
     c.beginPath();
     c.arc(x, y, radius, 0, 7);
     c.stroke();
@@ -188,9 +266,10 @@ function draw_modes(c, cfg, modes, w, extent) {
       c.globalAlpha = 0.9;
       c.fillStyle = REAL;
       c.textAlign = "center";
-      const away = Math.hypot(x - w / 2, y - w / 2), far = (radius + 20) / away;       // outwards
+      const away = Math.hypot(x - w / 2, y - w / 2),
+        far = (radius + 20) / away; // outwards
       const [u, v] = away > 10 ? [far * (x - w / 2), far * (y - w / 2)] : [0, -radius - 20];
-      c.fillText(`${Math.round(100 * mode.weight / total)} %`, x + u, y + v + 5);
+      c.fillText(`${+((100 * mode.weight) / total).toPrecision(3)} %`, x + u, y + v + 5);
     }
     c.globalAlpha = 1;
   });
@@ -200,7 +279,8 @@ function draw_modes(c, cfg, modes, w, extent) {
 function draw_probe(c, world, seen, w, extent) {
   const look = inspect(world, seen, world.cfg.particle);
   const at = (p) => [to_pixel(p[0], 0, w, extent), to_pixel(p[1], 1, w, extent)];
-  const [x, y] = at(look.x), [a, b] = at(look.xt);
+  const [x, y] = at(look.x),
+    [a, b] = at(look.xt);
   c.strokeStyle = INK;
   c.lineWidth = 2;
   c.setLineDash([2, 3]);
@@ -216,7 +296,10 @@ function draw_probe(c, world, seen, w, extent) {
     c.lineTo(a + 6, b + 6 * s);
   }
   c.stroke();
-  for (const [d, colour] of [[look.real.d, REAL], [look.fake.d, FAKE]]) {
+  for (const [d, colour] of [
+    [look.real.d, REAL],
+    [look.fake.d, FAKE],
+  ]) {
     const [u, v] = at(d);
     c.strokeStyle = c.fillStyle = colour;
     c.beginPath();
@@ -230,7 +313,8 @@ function draw_probe(c, world, seen, w, extent) {
 }
 
 function draw_legend(c, entries, note, rem) {
-  const line = 1.25 * rem, wide = Math.max(...[...entries.map((e) => e[0]), note].map((t) => c.measureText(t).width));
+  const line = 1.25 * rem,
+    wide = Math.max(...[...entries.map((e) => e[0]), note].map((t) => c.measureText(t).width));
   c.fillStyle = "rgba(255,255,255,.82)";
   c.fillRect(6, 6, wide + 2.1 * rem, line * (entries.length + 1) + 8);
   c.textAlign = "left";
@@ -245,23 +329,48 @@ function draw_legend(c, entries, note, rem) {
   c.fillText(note, 12, 6 + line * (entries.length + 0.85));
 }
 
-/** Loss and KL of history {step, loss, kl, kl_teacher} side by side; the KL's axis is logarithmic. */
+/** Loss and KL of history {step, loss, kl, kl_teacher} side by side; the KL has a log axis. */
 function draw_curves(canvas, history, skew) {
-  const { c, w, h, rem } = prepared(canvas), half = (w - rem) / 2;
+  const { c, w, h, rem } = prepared(canvas),
+    half = (w - rem) / 2;
   const log = (list) => list.map((v) => Math.log10(Math.max(1e-3, v)));
-  panel(c, 0, half, h, rem, "loss that the method prints", history.step, [[history.loss, GRADIENT, []]], (v) =>
-    (Math.abs(v) >= 1e-3 ? `${+v.toPrecision(2)}` : v ? v.toExponential(0) : "0"));
+  panel(
+    c,
+    0,
+    half,
+    h,
+    rem,
+    "loss that the method prints",
+    history.step,
+    [[history.loss, GRADIENT, []]],
+    (v) => (Math.abs(v) >= 1e-3 ? `${+v.toPrecision(2)}` : v ? v.toExponential(0) : "0"),
+  );
   const lines = [[log(history.kl), FAKE, []]];
   if (skew) lines.push([log(history.kl_teacher), REAL, [5, 4]]);
-  panel(c, half + rem, half, h, rem, skew ? "true KL to data, to teacher (dashed)" : "true KL (log axis)", history.step,
-    lines, (v) => `${+(10 ** v).toPrecision(2)}`);
+  panel(
+    c,
+    half + rem,
+    half,
+    h,
+    rem,
+    skew ? "true KL to data, to teacher (dashed)" : "true KL (log axis)",
+    history.step,
+    lines,
+    (v) => `${+(10 ** v).toPrecision(2)}`,
+  );
 }
 
 function panel(c, left, w, h, rem, title, steps, lines, name) {
-  const all = lines.flatMap((l) => l[0]).sort((a, b) => a - b), low = all[0];       // a spike is cut:
-  const high = all[Math.ceil(0.98 * (all.length - 1))], span = high - low || 1;     // 2 % of the values
-  const x0 = left + 3.2 * rem, x1 = left + w - 4, y0 = h - 1.3 * rem, y1 = 1.7 * rem;
-  const last = Math.max(1, steps[steps.length - 1] || 1), first = steps[0] || 0;
+  const all = lines.flatMap((l) => l[0]).sort((a, b) => a - b),
+    low = all[0]; // a spike is cut:
+  const high = all[Math.ceil(0.98 * (all.length - 1))],
+    span = high - low || 1; // 2 % of the values
+  const x0 = left + 3.2 * rem,
+    x1 = left + w - 4,
+    y0 = h - 1.3 * rem,
+    y1 = 1.7 * rem;
+  const last = Math.max(1, steps[steps.length - 1] || 1),
+    first = steps[0] || 0;
   c.fillStyle = INK;
   c.textAlign = "left";
   c.fillText(title, left, rem);
@@ -279,8 +388,12 @@ function panel(c, left, w, h, rem, title, steps, lines, name) {
     c.lineWidth = 2;
     c.setLineDash(dash);
     c.beginPath();
-    values.forEach((v, k) => c.lineTo(x0 + (x1 - x0) * (steps[k] - first) / Math.max(1, last - first),
-      y0 - (y0 - y1) * Math.min(1, 0.05 + 0.9 * (v - low) / span)));
+    values.forEach((v, k) =>
+      c.lineTo(
+        x0 + ((x1 - x0) * (steps[k] - first)) / Math.max(1, last - first),
+        y0 - (y0 - y1) * Math.min(1, 0.05 + (0.9 * (v - low)) / span),
+      ),
+    );
     c.stroke();
     c.setLineDash([]);
   }

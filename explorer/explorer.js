@@ -4,86 +4,16 @@
 const $ = (id) => document.getElementById(id);
 const many = () => world.modes.length > 30;
 
-// ---- what can be set: [key, name, sentence, kind, ...]; kinds are range, log, check and select
-
-const is = (...methods) => (w) => methods.includes(w.cfg.method);
-const split = (w) => w.modes.some((m) => m.label === 1) && w.cfg.cond >= 0;
-const CONTROLS = {
-  Method: [
-    ["method", "Method", "Which loss moves the points.", "select", { dmd: "DMD", diff_instruct: "Diff-Instruct",
-      sid: "SiD", gan: "GAN", dmd2: "DMD2 = DMD + GAN", f_distill: "f-distill", decoupled: "Decoupled DMD" }],
-    ["normalise", "Normaliser", "Divides each gradient by mean |x - d_real|, so that far points are not slow.", "check",
-      is("dmd", "dmd2", "sid")],
-    ["alpha", "alpha", "SiD's mix. 1/2 descends half its divergence, 1 leaves out what moves x alone.", "range",
-      [-0.5, 2, 0.05], is("sid")],
-    ["divergence", "Divergence", "What weight h(r) a point gets; r = p_real / p_fake.", "select",
-      { rkl: "reverse KL, h = 1", kl: "forward KL, h = r", js: "Jensen-Shannon, r/(r+1)", sf: "softened rkl, 1/(r+1)",
-        sh: "Hellinger, sqrt(r)/2", jf: "Jeffreys, r + 1", neyman: "Neyman, 2/r" }, is("f_distill")],
-    ["w_gan", "GAN weight", "How much the GAN adds. Its discriminator is the best possible: logit = ln r.", "log",
-      [0.001, 1], is("dmd2")],
-    ["matching", "Matching", "The part that compares with the fake score. Without it only augmentation is left.", "check",
-      is("decoupled")],
-    ["cond", "Class", "What the student should make. Modes of class B have dashed circles.", "select",
-      { "-1": "all classes", 0: "class A", 1: "class B" }, (w) => w.modes.some((m) => m.label === 1)],
-    ["guidance", "Guidance w", "The teacher says u + w (c - u), u without class, c with it. 1 is off.", "range",
-      [0, 8, 0.25], split],
-    ["rate", "Step length", "Each step moves a point by this times minus its gradient (at most 0.2).", "log",
-      [0.0005, 1]],
-  ],
-  "Noise and the fake score": [
-    ["delay", "Fake score is late by", "It knows where the points were so many steps ago.", "range", [0, 40, 1]],
-    ["spread", "Average over sigmas", "The mean over noise levels between two ends instead of one sigma.", "check"],
-    ["sigma", "sigma", "How much noise is added before both scores look.", "log", [0.02, 5], (w) => !w.cfg.spread],
-    ["low", "lowest sigma", "Small noise shows each mode.", "log", [0.02, 1], (w) => w.cfg.spread],
-    ["high", "highest sigma", "Large noise shows only the whole.", "log", [0.1, 10], (w) => w.cfg.spread],
-    ["draws", "Noises for a point", "Each gradient is the mean over so many noises, in pairs +n and -n.", "range",
-      [2, 64, 2]],
-  ],
-  Picture: [
-    ["arrows", "Arrows", "Scores are drawn on a grid, at the (lowest) sigma.", "select", { moves: "where points go",
-      parts: "parts of the move", scores: "both scores", gap: "difference of the scores", none: "none" }],
-  ],
-  Target: [
-    ["shape", "Shape", "Modes to start from. Drag them as you like.", "select", { ring8: "ring of 8", grid25: "grid of 25",
-      spirals: "spirals", checkerboard: "checkerboard", two: "two modes", one: "one mode" }],
-    ["skew", "Teacher's mistake", "The teacher gives every other mode too much weight. The data (blue) do not.",
-      "range", [0, 0.9, 0.1]],
-    ["weight", "Weight of the chosen mode", "Its share of the data, before division by the sum.", "log", [0.05, 20]],
-    ["std", "Width of the chosen mode", "Its standard deviation.", "log", [0.02, 0.6]],
-    ["label", "Class of the chosen mode", "Guidance needs two classes.", "select", { 0: "class A", 1: "class B" }],
-  ],
-  Student: [
-    ["n", "Points", "A student of so many points.", "range", [20, 500, 10]],
-    ["start", "Start", "Where the points are at step 0.", "select", { blob: "a small blob", wide: "a wide blob",
-      left: "on the left", mode: "on the first mode", target: "on the data" }],
-    ["h", "Width of a point", "A point stands for a small blob: a sample is its centre plus this times normal noise.",
-      "log", [0.01, 0.3]],
-    ["seed", "Seed", "All random numbers follow from it.", "range", [0, 99, 1]],
-  ],
-};
-const RESTARTS = ["n", "start", "seed"], OF_MODE = ["weight", "std", "label"];
-
-const TRY = [
-  ["The loss says nothing", "sigma=0.3",
-    "DMD from a blob. The loss falls at once and stays near 0. The true KL goes on falling for hundreds of steps."],
-  ["Late fake score", "shape=one&start=left&delay=12&rate=0.1&sigma=0.6&n=200",
-    "The fake score knows only the hollow points, of 12 steps ago. The student overshoots and swings. Set the delay to 0."],
-  ["SiD at alpha 1.2", "method=sid&alpha=1.2&arrows=parts&n=100&start=wide",
-    "Green is DMD's direction. The dashed part goes through the Jacobians. The loss is below 0 and rises; the KL falls."],
-  ["Normaliser off", "normalise=false&rate=0.1&start=left",
-    "Close to the data the pull is weak: many points stay between the modes. Switch the normaliser on and compare the KL."],
-  ["Covers or seeks", "method=f_distill&divergence=kl&shape=two&start=mode&sigma=0.25&rate=0.01&n=200&mode=1",
-    "All points start on one mode. Forward KL, h = r, fills the empty mode faster than h = 1. Neyman, 2/r, is slowest."],
-  ["Wrong teacher", "skew=0.6&shape=two&start=target&sigma=0.5&n=200&mode=1",
-    "The teacher gives the right mode 20 % instead of 50 %. DMD copies that. Choose GAN: it looks at the data and repairs."],
-  ["Guidance never stops", "method=decoupled&cond=0&matching=false&arrows=parts&shape=two&start=wide&rate=0.05&sigma=1&n=200",
-    "Augmentation alone runs away from class B and does not stop. Switch matching on: the points come back and rest."],
-];
-
 // ---- the world and what has been seen of it
 
-let world = from_link(location.hash), seen = null, extent = EXTENT, playing = false, dirty = true;
-let history_ = { step: [], loss: [], kl: [], kl_teacher: [] }, frames = [], milliseconds = 0;
+let world = from_link(location.hash),
+  seen = null,
+  extent = EXTENT,
+  playing = false,
+  dirty = true;
+let history_ = { step: [], loss: [], kl: [], kl_teacher: [] },
+  frames = [],
+  milliseconds = 0;
 
 function forget() {
   history_ = { step: [], loss: [], kl: [], kl_teacher: [] };
@@ -92,6 +22,7 @@ function forget() {
 
 function show(next) {
   world = next;
+  seen = null;
   forget();
   refresh();
 }
@@ -121,7 +52,8 @@ function set(key, value) {
   refresh();
 }
 
-const value_of = (key) => (OF_MODE.includes(key) ? world.modes[world.cfg.mode][key] : world.cfg[key]);
+const value_of = (key) =>
+  OF_MODE.includes(key) ? world.modes[world.cfg.mode][key] : world.cfg[key];
 
 function refresh() {
   world.cfg.mode = Math.min(Math.max(0, world.cfg.mode), world.modes.length - 1);
@@ -141,17 +73,36 @@ function element(tag, attributes, ...children) {
 }
 
 function build_control([key, name, sentence, kind, ...rest]) {
-  const when = typeof rest[rest.length - 1] === "function" ? rest.pop() : () => true, [detail] = rest;
+  const when = typeof rest[rest.length - 1] === "function" ? rest.pop() : () => true,
+    [detail] = rest;
   const output = element("output", { for: key });
-  const input = kind === "select" ? element("select", { id: key, "aria-describedby": `${key}-says` },
-    ...Object.keys(detail).map((v) => element("option", { value: v }, detail[v])))
-    : element("input", { id: key, type: kind === "check" ? "checkbox" : "range", "aria-describedby": `${key}-says` });
-  const [low, high, step] = kind === "log" ? [Math.log(detail[0]), Math.log(detail[1]), 0.001]
-    : Array.isArray(detail) ? detail : [];
+  const input =
+    kind === "select"
+      ? element(
+          "select",
+          { id: key, "aria-describedby": `${key}-says` },
+          ...Object.keys(detail).map((v) => element("option", { value: v }, detail[v])),
+        )
+      : element("input", {
+          id: key,
+          type: kind === "check" ? "checkbox" : "range",
+          "aria-describedby": `${key}-says`,
+        });
+  const [low, high, step] =
+    kind === "log"
+      ? [Math.log(detail[0]), Math.log(detail[1]), 0.001]
+      : Array.isArray(detail)
+        ? detail
+        : [];
   if (kind === "range" || kind === "log") Object.assign(input, { min: low, max: high, step });
   const row = element("div", { class: "row" }, element("label", { for: key }, name));
   row.append(...(kind === "range" || kind === "log" ? [output, input] : [input]));
-  const box = element("div", { class: "control" }, row, element("small", { id: `${key}-says` }, sentence));
+  const box = element(
+    "div",
+    { class: "control" },
+    row,
+    element("small", { id: `${key}-says` }, sentence),
+  );
   input.addEventListener("input", () => {
     if (kind === "check") return set(key, input.checked);
     if (kind === "log") return set(key, +Math.exp(input.valueAsNumber).toPrecision(3));
@@ -171,9 +122,15 @@ function build_control([key, name, sentence, kind, ...rest]) {
 
 function build() {
   for (const title in CONTROLS) {
-    const group = element("fieldset", {}, element("legend", {}, title), ...CONTROLS[title].map(build_control));
+    const group = element(
+      "fieldset",
+      {},
+      element("legend", {}, title),
+      ...CONTROLS[title].map(build_control),
+    );
     if (title === "Target") {
-      const add = element("button", { id: "add" }, "Add a mode"), remove = element("button", { id: "remove" }, "Remove it");
+      const add = element("button", { id: "add" }, "Add a mode"),
+        remove = element("button", { id: "remove" }, "Remove it");
       add.onclick = () => add_mode(0, 0);
       remove.onclick = remove_mode;
       group.append(element("div", { class: "buttons" }, add, remove));
@@ -185,7 +142,8 @@ function build() {
     chip.onclick = (event) => {
       event.preventDefault();
       history.replaceState(null, "", `#${link}`);
-      for (const other of document.querySelectorAll("#try a")) other.removeAttribute("aria-current");
+      for (const other of document.querySelectorAll("#try a"))
+        other.removeAttribute("aria-current");
       chip.setAttribute("aria-current", "true");
       show(from_link(link));
       say(words);
@@ -212,17 +170,24 @@ function play(on = !playing) {
 function look() {
   const start = performance.now();
   seen = evaluate(world);
-  milliseconds = milliseconds ? 0.9 * milliseconds + 0.1 * (performance.now() - start) : performance.now() - start;
+  milliseconds = milliseconds
+    ? 0.9 * milliseconds + 0.1 * (performance.now() - start)
+    : performance.now() - start;
   const outside = world.x.filter((v) => Math.abs(v) > extent).length;
-  if (outside > 0.05 * world.x.length && extent < 100) extent *= 2;
+  if (outside > 0.05 * world.x.length && extent < 100) extent *= 2;      // the view follows
 }
 
 function once() {
-  if (!seen || dirty) look();
+  if (!seen || (dirty && !playing)) look();        // while playing, what was seen last is enough
   take_step(world, seen);
   look();
   const h = history_;
-  for (const [key, value] of [["step", world.step], ["loss", seen.loss], ["kl", seen.kl], ["kl_teacher", seen.kl_teacher]])
+  for (const [key, value] of [
+    ["step", world.step],
+    ["loss", seen.loss],
+    ["kl", seen.kl],
+    ["kl_teacher", seen.kl_teacher],
+  ])
     h[key].push(value);
   if (h.step.length > 800) for (const key in h) h[key] = h[key].filter((_, k) => k % 2 === 0);
 }
@@ -232,25 +197,36 @@ function frame(now) {
     frames.push(now);
     if (frames.length > 61) frames.shift();
     once();
-  } else if (dirty) look();
+  } else if (dirty || !seen) look();
   if (playing || dirty) paint();
   dirty = false;
   requestAnimationFrame(frame);
 }
 
-const digits = (v) => (Math.abs(v) >= 1e4 || (v && Math.abs(v) < 1e-3) ? v.toExponential(2) : `${+v.toPrecision(4)}`);
+const digits = (v) =>
+  Math.abs(v) >= 1e4 || (v && Math.abs(v) < 1e-3) ? v.toExponential(2) : `${+v.toPrecision(4)}`;
 const vector = (v) => `(${digits(v[0])}, ${digits(v[1])})`;
 
 function table(id, rows) {
-  $(id).replaceChildren(...rows.map(([name, value, key]) =>
-    element("tr", {}, element("th", { scope: "row" }, name), element("td", key ? { id: key } : {}, value))));
+  $(id).replaceChildren(
+    ...rows.map(([name, value, key]) =>
+      element(
+        "tr",
+        {},
+        element("th", { scope: "row" }, name),
+        element("td", key ? { id: key } : {}, value),
+      ),
+    ),
+  );
 }
 
 /** The share of points to which no other mode is nearer than mode m. */
 function share_of(m) {
-  const { modes, x, cfg } = world, far = (mode, i) => (mode.x - x[2 * i]) ** 2 + (mode.y - x[2 * i + 1]) ** 2;
+  const { modes, x, cfg } = world,
+    far = (mode, i) => (mode.x - x[2 * i]) ** 2 + (mode.y - x[2 * i + 1]) ** 2;
   let count = 0;
-  for (let i = 0; i < cfg.n; i++) if (modes.every((mode) => far(modes[m], i) <= far(mode, i))) count += 1;
+  for (let i = 0; i < cfg.n; i++)
+    if (modes.every((mode) => far(modes[m], i) <= far(mode, i))) count += 1;
   return count / cfg.n;
 }
 
@@ -258,45 +234,74 @@ function paint() {
   const { cfg } = world;
   draw_plane($("plane"), world, seen, extent);
   draw_curves($("curves"), history_, cfg.skew);
-  const rows = [["step", `${world.step}`, "n-step"], ["loss", digits(seen.loss), "n-loss"],
-    ["mean |d_real - d_fake|^2", digits(seen.mesm), "n-mesm"], ["true KL to the data", digits(seen.kl), "n-kl"],
-    ["points nearest to the chosen mode", `${Math.round(100 * share_of(cfg.mode))} %`, "n-share"]];
+  const rows = [
+    ["step", `${world.step}`, "n-step"],
+    ["loss", digits(seen.loss), "n-loss"],
+    ["mean |d_real - d_fake|^2", digits(seen.mesm), "n-mesm"],
+    ["true KL to the data", digits(seen.kl), "n-kl"],
+    ["points nearest to the chosen mode", `${Math.round(100 * share_of(cfg.mode))} %`, "n-share"],
+  ];
   if (cfg.skew) rows.push(["true KL to the teacher", digits(seen.kl_teacher), "n-kl-teacher"]);
   table("rows", rows);
   $("probe").hidden = cfg.particle < 0;
   if (cfg.particle >= 0) table("probe-rows", probe_rows(inspect(world, seen, cfg.particle)));
-  const rate = frames.length > 10 ? 1000 * (frames.length - 1) / (frames[frames.length - 1] - frames[0]) : 0;
-  $("speed").textContent = `${milliseconds.toFixed(1)} ms a step${rate ? `, ${rate.toFixed(0)} frames a second` : ""}`;
+  const rate =
+    frames.length > 10 ? (1000 * (frames.length - 1)) / (frames[frames.length - 1] - frames[0]) : 0;
+  $("speed").textContent =
+    `${milliseconds.toFixed(1)} ms a step${rate ? `, ${rate.toFixed(0)} frames a second` : ""}`;
   const mode = world.modes[cfg.mode];
-  $("plane").setAttribute("aria-label", `${world.modes.length} modes, ${cfg.n} points. Mode ${cfg.mode + 1} at `
-    + `${vector([mode.x, mode.y])}. True KL ${digits(seen.kl)}.`);
+  $("plane").setAttribute(
+    "aria-label",
+    `${world.modes.length} modes, ${cfg.n} points. Mode ${cfg.mode + 1} at ` +
+      `${vector([mode.x, mode.y])}. True KL ${digits(seen.kl)}.`,
+  );
 }
 
 function probe_rows(look) {
-  const { cfg } = world, i = cfg.particle, r = Math.exp(look.logit), out = [0, 0];
+  const { cfg } = world,
+    i = cfg.particle,
+    r = Math.exp(look.logit),
+    out = [0, 0];
   const scores = [look.real, look.fake].map((a) => {
     score(a.d, look.xt, look.sigma, out);
     return vector(out);
   });
-  return [["x", vector(look.x)], ["xt = x + sigma noise", vector(look.xt)], ["d_real", vector(look.real.d)],
-    ["d_fake", vector(look.fake.d)], ["score_real", scores[0]], ["score_fake", scores[1]],
-    ["r = p_real / p_fake", digits(r)], [`h(r), ${cfg.divergence}`, digits(WEIGHTS[cfg.divergence](r))],
-    ["its gradient (mean)", vector([seen.a[2 * i] + seen.b[2 * i], seen.a[2 * i + 1] + seen.b[2 * i + 1]])]];
+  return [
+    ["x", vector(look.x)],
+    ["xt = x + sigma noise", vector(look.xt)],
+    ["d_real", vector(look.real.d)],
+    ["d_fake", vector(look.fake.d)],
+    ["score_real", scores[0]],
+    ["score_fake", scores[1]],
+    ["r = p_real / p_fake", digits(r)],
+    [`h(r), ${cfg.divergence}`, digits(WEIGHTS[cfg.divergence](r))],
+    [
+      "its gradient (mean)",
+      vector([seen.a[2 * i] + seen.b[2 * i], seen.a[2 * i + 1] + seen.b[2 * i + 1]]),
+    ],
+  ];
 }
 
 // ---- pointer and keys
 
-let held = -1, last_tap = 0;
+let held = -1,
+  last_tap = 0;
 
 const place = (event) => {
-  const box = $("plane").getBoundingClientRect(), w = $("plane").clientWidth;
-  const at = [event.clientX - box.left - $("plane").clientLeft, event.clientY - box.top - $("plane").clientTop];
+  const box = $("plane").getBoundingClientRect(),
+    w = $("plane").clientWidth;
+  const at = [
+    event.clientX - box.left - $("plane").clientLeft,
+    event.clientY - box.top - $("plane").clientTop,
+  ];
   return { w, at, data: [to_data(at[0], 0, w, extent), to_data(at[1], 1, w, extent)] };
 };
 
 /** The nearest of points [[x, y], ...] to pixel `at`, if within reach: its index, or -1. */
 function nearest(points, { at, w }, reach) {
-  const far = points.map(([x, y]) => Math.hypot(to_pixel(x, 0, w, extent) - at[0], to_pixel(y, 1, w, extent) - at[1]));
+  const far = points.map(([x, y]) =>
+    Math.hypot(to_pixel(x, 0, w, extent) - at[0], to_pixel(y, 1, w, extent) - at[1]),
+  );
   const k = far.indexOf(Math.min(...far));
   return far[k] <= reach ? k : -1;
 }
@@ -307,7 +312,10 @@ function move_mode(x, y) {
 }
 
 function add_mode(x, y) {
-  world.modes = [...world.modes, { x, y, std: world.modes[world.cfg.mode].std, weight: 1, label: 0 }];
+  world.modes = [
+    ...world.modes,
+    { x, y, std: world.modes[world.cfg.mode].std, weight: 1, label: 0 },
+  ];
   world.cfg.mode = world.modes.length - 1;
   refresh();
 }
@@ -320,15 +328,24 @@ function remove_mode() {
 function listen() {
   const plane = $("plane");
   plane.addEventListener("pointerdown", (event) => {
-    const where = place(event), reach = event.pointerType === "touch" ? 30 : 18, again = event.timeStamp - last_tap < 350;
+    const where = place(event),
+      reach = event.pointerType === "touch" ? 30 : 18,
+      again = event.timeStamp - last_tap < 350;
     last_tap = event.timeStamp;
-    const mode = nearest(world.modes.map((m) => [m.x, m.y]), where, many() ? reach / 2 : reach);
+    const mode = nearest(
+      world.modes.map((m) => [m.x, m.y]),
+      where,
+      many() ? reach / 2 : reach,
+    );
     if (mode >= 0) {
       held = mode;
       world.cfg.mode = mode;
       plane.setPointerCapture(event.pointerId);
     } else {
-      const points = Array.from({ length: world.cfg.n }, (_, i) => [world.x[2 * i], world.x[2 * i + 1]]);
+      const points = Array.from({ length: world.cfg.n }, (_, i) => [
+        world.x[2 * i],
+        world.x[2 * i + 1],
+      ]);
       world.cfg.particle = nearest(points, where, reach);
       if (again && world.cfg.particle < 0) add_mode(...where.data);
     }
@@ -339,13 +356,17 @@ function listen() {
   });
   for (const end of ["pointerup", "pointercancel"]) plane.addEventListener(end, () => (held = -1));
   document.addEventListener("keydown", (event) => {
-    const tag = event.target.tagName, quiet = ["INPUT", "SELECT"].includes(tag) || $("keys").open;
+    const tag = event.target.tagName,
+      quiet = ["INPUT", "SELECT"].includes(tag) || $("keys").open;
     if (quiet || event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.key === " " && ["BUTTON", "A"].includes(tag)) return;      // the button's own
+    if (event.key === " " && ["BUTTON", "A"].includes(tag)) return; // the button's own
     if (key_pressed(event.key, event.shiftKey ? 0.1 : 0.02)) event.preventDefault();
   });
   $("play").onclick = () => play();
-  $("once").onclick = () => { once(); paint(); };
+  $("once").onclick = () => {
+    once();
+    paint();
+  };
   $("reset").onclick = () => restart();
   $("share").onclick = share;
   $("help").onclick = () => $("keys").showModal();
@@ -355,18 +376,36 @@ function listen() {
 
 /** Do what a key says; false if it says nothing. */
 function key_pressed(key, far) {
-  const { cfg, modes } = world, mode = modes[cfg.mode], count = modes.length;
-  const moves = { ArrowLeft: [-far, 0], ArrowRight: [far, 0], ArrowUp: [0, far], ArrowDown: [0, -far] };
+  const { cfg, modes } = world,
+    mode = modes[cfg.mode],
+    count = modes.length;
+  const moves = {
+    ArrowLeft: [-far, 0],
+    ArrowRight: [far, 0],
+    ArrowUp: [0, far],
+    ArrowDown: [0, -far],
+  };
   const to = (name, value) => () => set(name, value);
   const actions = {
-    " ": () => play(), s: $("once").onclick, r: $("reset").onclick, l: share, "?": $("help").onclick,
-    "[": to("mode", (cfg.mode + count - 1) % count), "]": to("mode", (cfg.mode + 1) % count),
-    "+": to("weight", +(mode.weight * 1.25).toPrecision(3)), "-": to("weight", +(mode.weight / 1.25).toPrecision(3)),
-    ".": to("std", +(mode.std * 1.25).toPrecision(3)), ",": to("std", +(mode.std / 1.25).toPrecision(3)),
-    a: () => add_mode(0, 0), Delete: remove_mode, n: to("particle", (cfg.particle + 1) % cfg.n), Escape: to("particle", -1),
+    " ": () => play(),
+    s: $("once").onclick,
+    r: $("reset").onclick,
+    l: share,
+    "?": $("help").onclick,
+    "[": to("mode", (cfg.mode + count - 1) % count),
+    "]": to("mode", (cfg.mode + 1) % count),
+    "+": to("weight", +(mode.weight * 1.25).toPrecision(3)),
+    "-": to("weight", +(mode.weight / 1.25).toPrecision(3)),
+    ".": to("std", +(mode.std * 1.25).toPrecision(3)),
+    ",": to("std", +(mode.std / 1.25).toPrecision(3)),
+    a: () => add_mode(0, 0),
+    Delete: remove_mode,
+    n: to("particle", (cfg.particle + 1) % cfg.n),
+    Escape: to("particle", -1),
   };
   if (key in moves) move_mode(mode.x + moves[key][0], mode.y + moves[key][1]);
-  else if (actions[key.length === 1 ? key.toLowerCase() : key]) actions[key.length === 1 ? key.toLowerCase() : key]();
+  else if (actions[key.length === 1 ? key.toLowerCase() : key])
+    actions[key.length === 1 ? key.toLowerCase() : key]();
   else return false;
   return true;
 }
@@ -375,7 +414,8 @@ function share() {
   const link = `#${to_link(world)}`;
   history.replaceState(null, "", link);
   if (navigator.clipboard) navigator.clipboard.writeText(location.href).catch(() => {});
-  say(`The address now holds everything you see (${(link.length / 1000).toFixed(1)} kB). Copy it, or bookmark it.`);
+  const size = (link.length / 1000).toFixed(1);
+  say(`The address now holds everything you see (${size} kB). Copy it, or bookmark it.`);
 }
 
 build();

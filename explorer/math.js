@@ -158,13 +158,13 @@ function normaliser(x, d_real) {
   return Math.max(1e-5, (Math.abs(x[0] - d_real[0]) + Math.abs(x[1] - d_real[1])) / 2);
 }
 
-/** g = (d_fake - d_real) / mean |x - d_real|: DMD eq. 7-8.  Without the normaliser: Diff-Instruct */
+/** g = (d_fake - d_real) / mean |x - d_real|: DMD eq. 7-8.  Not normalised: Diff-Instruct */
 function dmd_gradient(x, d_real, d_fake, normalise, out) {
   const size = normalise ? normaliser(x, d_real) : 1;
   for (let k = 0; k < 2; k++) out[k] = (d_fake[k] - d_real[k]) / size;
 }
 
-/** SiD's loss, summed over the two coordinates:  gap (d_real - x - alpha gap) / mean |x - d_real| */
+/** SiD's loss, summed over both coordinates: gap (d_real - x - alpha gap) / mean |x - d_real| */
 function sid_integrand(x, d_real, d_fake, alpha, normalise) {
   let sum = 0;
   for (let k = 0; k < 2; k++) {
@@ -185,7 +185,7 @@ function sid_gradient(x, real, fake, alpha, normalise, direct, path) {
   const v0 = real.d[0] - x[0] - 2 * alpha * gap0, v1 = real.d[1] - x[1] - 2 * alpha * gap1;
   direct[0] = -gap0 / size;
   direct[1] = -gap1 / size;
-  const cross = (J[1] - F[1]);
+  const cross = J[1] - F[1];
   path[0] = ((J[0] - F[0]) * v0 + cross * v1 + J[0] * gap0 + J[1] * gap1) / size;
   path[1] = (cross * v0 + (J[2] - F[2]) * v1 + J[1] * gap0 + J[2] * gap1) / size;
 }
@@ -210,7 +210,7 @@ function gan_gradient(d_real, d_fake, logit, sigma, out) {
   for (let k = 0; k < 2; k++) out[k] = weight * (d_fake[k] - d_real[k]) / (sigma * sigma);
 }
 
-const WEIGHTS = {                        // h(r) by divergence, r = p_real / p_fake; f_distill.WEIGHTS
+const WEIGHTS = {                   // h(r) by divergence, r = p_real / p_fake; f_distill.WEIGHTS
   rkl: () => 1,
   kl: (r) => r,
   js: (r) => r / (r + 1),
@@ -240,7 +240,7 @@ function sample_weights(logits, groups, divergence) {
 
 const half_square = (g) => (g[0] * g[0] + g[1] * g[1]) / 4;        // descend's value, mean of two
 
-/** What each method adds up: (look, cfg, a, b) writes two parts of the gradient, returns its loss. */
+/** The methods: (look, cfg, a, b) writes two parts of the gradient to a and b, returns the loss */
 const METHODS = {
   dmd(look, cfg, a) {
     dmd_gradient(look.x, look.real.d, look.fake.d, cfg.normalise, a);
@@ -276,13 +276,13 @@ const METHODS = {
   },
 };
 
-/** The gradient at every particle, averaged over noises: what the page draws, and what play descends.
+/** The gradient at every particle, averaged over noises: what the page draws and play descends.
  *
  *     x = particle + h * own,     xt = x + sigma_j * noise         (own, noise: unit normal, fixed)
  *
  * particles (2 N); own, noise (2 N J) by draw j; sigmas (J).  teacher, data, fake are mixtures.
  * cfg: method, alpha, normalise, divergence, w_gan, cond (-1: all classes), guidance, matching, h.
- * returns a, b (2 N): two parts, g = a + b; loss: the method's value; mesm: mean |d_real - d_fake|^2
+ * returns a, b (2 N): two parts, g = a + b; loss: its value; mesm: mean |d_real - d_fake|^2
  */
 function gradients(particles, teacher, data, fake, own, noise, sigmas, cfg) {
   const n = particles.length / 2, J = sigmas.length, method = METHODS[cfg.method];
@@ -322,7 +322,7 @@ function gradients(particles, teacher, data, fake, own, noise, sigmas, cfg) {
   return out;
 }
 
-/** Asks teacher, data and fake at noise level sigma: a function that fills a look from its x, xt. */
+/** Teacher, data and fake at noise level sigma: a function that fills a look from its x, xt. */
 function look_at(teacher, data, fake, sigma, cfg) {
   const split = cfg.cond >= 0;
   const at_uncond = noised(teacher, sigma), at_cond = noised(teacher, sigma, cfg.cond);

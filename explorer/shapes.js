@@ -1,4 +1,4 @@
-// The targets: shapes of toy/mixtures.py as lists of modes {x, y, std, weight, label}, and two more.
+// The targets: shapes of toy/mixtures.py as lists of modes {x, y, std, weight, label}, two more.
 // The classes (label 0 or 1) are the explorer's own; guidance needs them.
 "use strict";
 
@@ -24,7 +24,8 @@ function spirals() {
 
 /** 8 dark squares of a 4 x 4 board, 16 components each; left and right half are the classes. */
 function checkerboard() {
-  const dark = range(16).map((k) => [Math.floor(k / 4), k % 4]).filter(([i, j]) => (i + j) % 2 === 0);
+  const dark = range(16).map((k) => [Math.floor(k / 4), k % 4])
+    .filter(([i, j]) => (i + j) % 2 === 0);
   const points = dark.flatMap(([i, j]) => range(16).map((k) =>
     [i + (Math.floor(k / 4) + 0.5) / 4 - 2, j + (k % 4 + 0.5) / 4 - 2]));
   return scaled(points, 0.06, (k) => (k < 64 ? 0 : 1));

@@ -1,7 +1,7 @@
 // What the page is about at a moment, one step of it, and the link that keeps it.  No drawing here.
 //
-// A world is {cfg, modes, x, past, step}: settings, the target's modes, the particles (2 N, float32),
-// where they were before each of the last steps, and the number of steps taken.
+// A world is {cfg, modes, x, past, step}: settings, the target's modes, the particles (2 N,
+// float32), where they were before each of the last steps, and the number of steps taken.
 "use strict";
 
 const M = typeof module !== "undefined" ? require("./math.js") : nano;
@@ -43,13 +43,13 @@ function new_world(changes = {}, modes = null) {
   return { cfg, modes: own, x: starting_points(cfg, own), past: [], step: 0 };
 }
 
-/** The particles whom the fake score knows: those of cfg.delay steps ago, or the oldest there are. */
+/** The particles the fake score knows: those of cfg.delay steps ago, or the oldest there are. */
 function late(world) {
   const { past, x, cfg } = world, n = Math.min(cfg.delay, past.length);
   return n ? past[past.length - n] : x;
 }
 
-/** The noise levels of the draws, (draws).  Draw j + draws / 2 has that of j, and minus its noise. */
+/** The noise level of each draw.  Draw j + draws / 2 has that of j, and minus its noise. */
 function sigmas(cfg) {
   const half = cfg.draws / 2;
   return Float64Array.from({ length: cfg.draws }, (_, j) =>
@@ -113,7 +113,8 @@ const from_text = (text) => new Float32Array(Uint8Array.from(
 function to_link(world) {
   const { cfg, modes } = world, words = [];
   for (const name in DEFAULTS) if (cfg[name] !== DEFAULTS[name]) words.push(`${name}=${cfg[name]}`);
-  const written = (list) => list.map((m) => [m.x, m.y, m.std, m.weight, m.label].join(",")).join(";");
+  const one = (mode) => [mode.x, mode.y, mode.std, mode.weight, mode.label].join(",");
+  const written = (list) => list.map(one).join(";");
   if (written(modes) !== written(S.SHAPES[cfg.shape]())) words.push(`modes=${written(modes)}`);
   if (cfg.rate === DEFAULTS.rate && cfg.rate !== RATES[cfg.method]) words.push(`rate=${cfg.rate}`);
   const untouched = starting_points(cfg, modes);
@@ -137,14 +138,15 @@ const LIMITS = { n: [20, 500, 1], draws: [2, 64, 2], delay: [0, MOST_LATE, 1], s
 function from_link(text) {
   const words = new URLSearchParams(text.replace(/^#/, "")), changes = {};
   for (const [name, value] of words) {
-    const usual = DEFAULTS[name];
-    if (typeof usual === "number" && Number.isFinite(parseFloat(value))) changes[name] = parseFloat(value);
+    const usual = DEFAULTS[name], number = parseFloat(value);
+    if (typeof usual === "number" && Number.isFinite(number)) changes[name] = number;
     if (typeof usual === "boolean") changes[name] = value === "true";
     if (typeof usual === "string") changes[name] = value;
   }
   for (const name in ALLOWED) if (!ALLOWED[name].includes(`${changes[name]}`)) delete changes[name];
   for (const name in LIMITS) if (name in changes) {
-    const [least, most, whole] = LIMITS[name], value = Math.min(most, Math.max(least, changes[name]));
+    const [least, most, whole] = LIMITS[name];
+    const value = Math.min(most, Math.max(least, changes[name]));
     changes[name] = whole ? whole * Math.round(value / whole) : value;
   }
   const modes = (words.get("modes") || "").split(";").map((one) => one.split(",").map(Number))
@@ -167,6 +169,6 @@ function from_link(text) {
   return world;
 }
 
-const explorer_state = { DEFAULTS, RATES, MOST_LATE, LONGEST, new_world, late, sigmas, evaluate, inspect,
-  take_step, to_link, from_link };
+const explorer_state = { DEFAULTS, RATES, MOST_LATE, LONGEST, new_world, late, sigmas, evaluate,
+  inspect, take_step, to_link, from_link };
 if (typeof module !== "undefined") module.exports = explorer_state;

@@ -84,7 +84,7 @@ MUTANTS = {
     "sigma for its square in the score": ("out[k] = (d[k] - xt[k]) / (sigma * sigma)", "out[k] = (d[k] - xt[k]) / sigma"),
     "kernels of no width": ("var: new Float64Array(n).fill(h * h)", "var: new Float64Array(n).fill(1e-9)"),
     "r is not centred": ("group[i] /= centre", "group[i] /= 1"),
-    "the KL backwards": ("sum += log_prob(fake, a, b) - log_prob(target, a, b)", "sum += log_prob(target, a, b) - log_prob(fake, a, b)"),
+    "the KL backwards": ("log_prob(fake, a, b) - log_prob(target, a, b)", "log_prob(target, a, b) - log_prob(fake, a, b)"),
     "the cut-off is too early": ("const LEAST = -40", "const LEAST = -4"),
     "the GAN sees the teacher": ("gan_gradient(look.data.d, look.fake.d, look.logit, look.sigma, a)",
                                  "gan_gradient(look.real.d, look.fake.d, look.logit, look.sigma, a)"),
@@ -132,7 +132,8 @@ def test_dmd_s_gradient_is_that_of_the_kl():
 
 @needs_node
 def test_sid_s_direct_part_is_dmd_for_every_alpha():
-    found = node(f"""{CFG} const teacher = M.mixture(SHAPES.ring8()), at = (changes) => field(x, teacher, changes, [0.3, 1, 0.3, 1], z);
+    found = node(f"""{CFG} const teacher = M.mixture(SHAPES.ring8());
+        const at = (changes) => field(x, teacher, changes, [0.3, 1, 0.3, 1], z);
         const dmd = at({{ method: "dmd" }}).a;
         return [-1, 0, 0.5, 1, 2].map((alpha) => size(at({{ method: "sid", alpha }}).a.map((v, k) => v - dmd[k])));""")
     assert max(found) < 1e-12
@@ -158,7 +159,8 @@ def test_the_split_is_exact():
     """Matching plus augmentation is DMD's guided gradient, up to their normaliser; at w = 1 augmentation is 0."""
     found = node(f"""{CFG} const teacher = M.mixture(SHAPES.ring8()), s = [0.5, 0.5, 0.5, 0.5];
         const off = field(x, teacher, {{ method: "decoupled", cond: 1, guidance: 1 }}, s, z);
-        const real = M.answer(), cond = M.answer(), fake = M.answer(), g = M.answer(), out = [0, 0], parts = [0, 0], xt = [0.2, 0.1];
+        const real = M.answer(), cond = M.answer(), fake = M.answer(), g = M.answer();
+        const out = [0, 0], parts = [0, 0], xt = [0.2, 0.1];
         M.denoise(M.noised(teacher, 0.5), ...xt, real); M.denoise(M.noised(teacher, 0.5, 1), ...xt, cond);
         M.denoise(M.noised(M.kernels(x, 0.1), 0.5), ...xt, fake); M.guided(real, cond, 4, g);
         const m = M.normaliser(xt, cond.d);
@@ -185,8 +187,9 @@ FIRST = [-0.3167466254184001, 0.7212206232527376, -0.4023410010473552, -1.725441
 
 
 @needs_node
-@pytest.mark.parametrize("link, least", [("", 10), ("method=diff_instruct&rate=0.3", 5), ("method=sid", 20), ("method=gan&start=wide", 1.5),
-                                         ("method=f_distill&divergence=js", 5), ("shape=spirals&spread=true&draws=8", 1.5),
+@pytest.mark.parametrize("link, least", [("", 10), ("method=diff_instruct&rate=0.3", 5), ("method=sid", 20),
+                                         ("method=gan&start=wide", 1.5), ("method=f_distill&divergence=js", 5),
+                                         ("shape=spirals&spread=true&draws=8", 1.5),
                                          ("method=dmd2", 10)])
 def test_play_lowers_the_kl(link, least):
     """At delay 0, by the factor `least` in 100 steps."""
@@ -201,13 +204,14 @@ def test_a_late_fake_score_knows_the_particles_of_n_steps_ago(delay):
     same_, fresh = node(f"""const w = S.from_link("n=20&delay={delay}"), all = [];
         for (let s = 0; s < 12; s++) {{ all.push(w.x); S.take_step(w, S.evaluate(w)); }}
         all.push(w.x); const known = S.late(w), seen = S.evaluate(w).fake.mean;
-        return [known === all[12 - {delay}] && seen.every((v, k) => v === known[k]), S.late(S.from_link("n=20&delay=7")).length === 40];""")
+        return [known === all[12 - {delay}] && seen.every((v, k) => v === known[k]),
+                S.late(S.from_link("n=20&delay=7")).length === 40];""")
     assert same_ and fresh
 
 
 @needs_node
 def test_a_late_fake_score_makes_the_student_swing():
-    """One mode at 0, a student from the left: on time it stays on its side and rests, late it goes far beyond, again and again."""
+    """One mode at 0, a student from the left: on time it comes and rests, late it goes far beyond, again and again."""
     on_time, late = node("""return [0, 12].map((delay) => { const w = S.from_link(
           `shape=one&start=left&rate=0.1&sigma=0.6&n=40&delay=${delay}`), mean = [];
         for (let s = 0; s < 120; s++) { S.take_step(w, S.evaluate(w));
@@ -225,7 +229,8 @@ WORLDS = ["", "method=sid&alpha=1.2&normalise=false&draws=6", "shape=checkerboar
 @pytest.mark.parametrize("link", WORLDS)
 def test_a_link_keeps_the_whole_world(link):
     """Bit for bit: settings, edited modes, particles and the past; then both go on alike."""
-    same_, size = node(f"""const a = S.from_link({link!r}); a.modes = a.modes.map((m, k) => (k ? m : {{ ...m, x: 0.1 + 0.2, weight: 1 / 3 }}));
+    same_, size = node(f"""const a = S.from_link({link!r});
+        a.modes = a.modes.map((m, k) => (k ? m : {{ ...m, x: 0.1 + 0.2, weight: 1 / 3 }}));
         for (let s = 0; s < 6; s++) S.take_step(a, S.evaluate(a));
         const text = S.to_link(a), b = S.from_link("#" + text), past = (w) => (w.cfg.delay ? w.past.slice(-w.cfg.delay) : []);
         const plain = (w) => JSON.stringify([w.cfg, w.modes, [...w.x], w.step, past(w).map((p) => [...p])]);
@@ -236,8 +241,10 @@ def test_a_link_keeps_the_whole_world(link):
 
 
 @needs_node
-@pytest.mark.parametrize("link", ["", "method=nothing&alpha=x&n=1e9&draws=3&modes=1,2;a,b,c,d,e", "x=!!!&step=4", "shape=__proto__",
-                                  "method=toString", "start=nowhere", "modes=0,0,-1,1,0", "h=0&sigma=-3", "delay=1e9", "n=NaN&past=AAAA",
+@pytest.mark.parametrize("link", ["", "method=toString", "start=nowhere", "x=!!!&step=4",
+                                  "method=nothing&alpha=x&n=1e9&draws=3&modes=1,2;a,b,c,d,e",
+                                  "shape=__proto__",
+                                  "modes=0,0,-1,1,0", "h=0&sigma=-3", "delay=1e9", "n=NaN&past=AAAA",
                                   "particle=1e9&mode=77&skew=2&arrows=x&cond=5&rate=-1&low=5&high=0.1", "step=3&x=AAAA&past=.."])
 def test_a_broken_link_opens_something(link):
     kl = node(f"""const w = S.from_link({link!r}); const seen = S.evaluate(w); S.take_step(w, seen); return S.evaluate(w).kl;""")
@@ -270,7 +277,7 @@ def read(page, name):
 def pixel(page, x, y):
     """Where data coordinates are in the window."""
     page.js("$('plane').scrollIntoView({block: 'nearest'})")
-    return page.js(f"""(() => {{ const b = $("plane").getBoundingClientRect(), w = $("plane").clientWidth, e = $("plane").clientLeft;
+    return page.js(f"""(() => {{ const p = $("plane"), b = p.getBoundingClientRect(), w = p.clientWidth, e = p.clientLeft;
         return [b.x + e + to_pixel({x}, 0, w, extent), b.y + e + to_pixel({y}, 1, w, extent)]; }})()""")
 
 
@@ -286,7 +293,7 @@ def test_the_page_opens_from_a_file_and_asks_for_nothing_else(page):
     page.call("Network.disable")
     names = {url.rsplit("/", 1)[1] for url in asked if url != "about:blank"}
     assert asked - {"about:blank"} == {(HOME / name).as_uri() for name in names}
-    assert names == {"index.html", "math.js", "shapes.js", "state.js", "draw.js", "explorer.js"}
+    assert names == {"index.html", "math.js", "shapes.js", "state.js", "draw.js", "controls.js", "explorer.js"}
     assert page.errors() == [] and read(page, "kl") > 10
 
 
@@ -388,7 +395,8 @@ def test_the_link_button_keeps_everything_in_the_address(page):
         page.js("once()")
     page.click("#share")
     settle(page)
-    state = "JSON.stringify([world.cfg, world.modes, [...world.x], world.step, [...late(world)], [...seen.a], [...seen.b], seen.loss, seen.kl])"
+    state = """JSON.stringify([world.cfg, world.modes, [...world.x], world.step, [...late(world)], [...seen.a], [...seen.b],
+                               seen.loss, seen.kl])"""
     address, before = page.js("location.href"), page.js(state)
     page.open(address)
     page.until("seen !== null && !dirty")
@@ -403,7 +411,7 @@ def test_each_experiment_opens_and_moves(page):
     for k in range(page.js("TRY.length")):
         page.click(f"#try a:nth-of-type({k + 1})")
         page.until("world.step >= 3")
-        assert page.js(f"playing && $('told').textContent === TRY[{k}][2] && to_link(from_link(TRY[{k}][1])).split('&').length") >= 1
+        assert page.js(f"playing && $('told').textContent === TRY[{k}][2]")
         assert page.js(f"TRY[{k}][1].split('&').every((w) => String(world.cfg[w.split('=')[0]]) === w.split('=')[1])")
     page.js("play(false)")
     assert page.errors() == []
@@ -412,8 +420,9 @@ def test_each_experiment_opens_and_moves(page):
 @needs_browser
 def test_every_control_has_a_name_and_a_sentence(page):
     opened(page, "spread=false")
-    bare = page.js("""Array.from(document.querySelectorAll("input, select")).filter((e) => !e.labels.length || !e.labels[0].textContent
-        || !/^[A-Z0-9].*\\.$/.test(document.getElementById(e.getAttribute("aria-describedby")).textContent)).map((e) => e.id)""")
+    bare = page.js("""Array.from(document.querySelectorAll("input, select")).filter((e) =>
+        !e.labels.length || !e.labels[0].textContent ||
+        !/^[A-Z0-9].*\\.$/.test(document.getElementById(e.getAttribute("aria-describedby")).textContent)).map((e) => e.id)""")
     unnamed = page.js("Array.from(document.querySelectorAll('button')).filter((e) => !(e.ariaLabel || e.textContent)).length")
     assert bare == [] and unnamed == 0
 
@@ -430,11 +439,11 @@ def test_every_picture_is_drawn_and_its_colours_are_the_notebooks(page):
             page.js("once()")
         page.js("paint()")
         inks = page.js("""(() => { const c = $("plane"), d = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
-            return new Set(Array.from({ length: d.length / 4 }, (_, k) => d[4 * k] << 16 | d[4 * k + 1] << 8 | d[4 * k + 2])).size; })()""")
+            return new Set(new Uint32Array(d.buffer)).size; })()""")
         assert inks > 100 and page.errors() == [], arrows
 
 
-@pytest.mark.parametrize("name", ["math.js", "shapes.js", "state.js", "draw.js", "explorer.js", "check.js", "golden.py"])
+@pytest.mark.parametrize("name", [path.name for path in sorted(HOME.glob("*.js"))] + ["golden.py"])
 def test_lines_of_the_explorer_are_short(name):
     lines = (HOME / name).read_text().splitlines()
     assert [line for line in lines if len(line) > 100 or "\t" in line] == [] and len(lines) <= 450
