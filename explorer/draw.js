@@ -87,12 +87,12 @@ function draw_arrows(c, list, colour, width, dash = []) {
   c.fill();
 }
 
-/** The power of two that makes the 90th percentile of arrows (2 N) about `want` long. */
+/** The power of two that makes the 75th percentile of arrows (2 N) about `want` long. */
 function zoom_of(arrows, want) {
   const lengths = [];
   for (let k = 0; k < arrows.length; k += 2) lengths.push(Math.hypot(arrows[k], arrows[k + 1]));
   lengths.sort((a, b) => a - b);
-  const typical = lengths[Math.floor(0.9 * lengths.length)] || 0;
+  const typical = lengths[Math.floor(0.75 * lengths.length)] || 0;
   return typical > 0 ? 2 ** Math.max(-6, Math.min(14, Math.floor(Math.log2(want / typical)))) : 1;
 }
 
@@ -188,7 +188,7 @@ function arrow_layers(world, seen, extent) {
   };
 }
 
-/** The plane. `held` is the index of a mode that is being dragged, or -1. */
+/** The plane: target, modes, particles, arrows, the chosen particle. */
 function draw_plane(canvas, world, seen, extent) {
   const { c, w, rem } = prepared(canvas),
     { cfg, modes, x } = world,
@@ -223,15 +223,17 @@ function draw_plane(canvas, world, seen, extent) {
     word === "steps"
       ? `arrows: ${factor} x one step`
       : `arrows: ${factor.toPrecision(2)} x the score`;
-  draw_legend(
-    c,
-    [
-      ...layers.map((l) => [l[0], l[1]]),
-      ...(before === x ? [] : [["what the fake score knows", FAKE]]),
-    ],
-    size,
-    rem,
-  );
+  const legend = () =>
+    draw_legend(
+      c,
+      [
+        ...layers.map((l) => [l[0], l[1]]),
+        ...(before === x ? [] : [["what the fake score knows", FAKE]]),
+      ],
+      size,
+      rem,
+    );
+  if (word === "steps") legend();                  // points and their arrows lie over it
   for (const [name, colour, dash, points, vectors] of layers)
     draw_arrows(
       c,
@@ -243,6 +245,7 @@ function draw_plane(canvas, world, seen, extent) {
   circles(c, x, Math.max(2.2, w / 260), w, extent);
   c.fillStyle = FAKE;
   c.fill();
+  if (word !== "steps") legend();
   if (cfg.particle >= 0) draw_probe(c, world, seen, w, extent);
 }
 

@@ -11,12 +11,12 @@ let world = from_link(location.hash),
   extent = EXTENT,
   playing = false,
   dirty = true;
-let history_ = { step: [], loss: [], kl: [], kl_teacher: [] },
+let curve = { step: [], loss: [], kl: [], kl_teacher: [] },
   frames = [],
   milliseconds = 0;
 
 function forget() {
-  history_ = { step: [], loss: [], kl: [], kl_teacher: [] };
+  curve = { step: [], loss: [], kl: [], kl_teacher: [] };
   extent = EXTENT;
 }
 
@@ -181,7 +181,7 @@ function once() {
   if (!seen || (dirty && !playing)) look();        // while playing, what was seen last is enough
   take_step(world, seen);
   look();
-  const h = history_;
+  const h = curve;
   for (const [key, value] of [
     ["step", world.step],
     ["loss", seen.loss],
@@ -233,13 +233,13 @@ function share_of(m) {
 function paint() {
   const { cfg } = world;
   draw_plane($("plane"), world, seen, extent);
-  draw_curves($("curves"), history_, cfg.skew);
+  draw_curves($("curves"), curve, cfg.skew);
   const rows = [
     ["step", `${world.step}`, "n-step"],
     ["loss", digits(seen.loss), "n-loss"],
     ["mean |d_real - d_fake|^2", digits(seen.mesm), "n-mesm"],
     ["true KL to the data", digits(seen.kl), "n-kl"],
-    ["points nearest to the chosen mode", `${Math.round(100 * share_of(cfg.mode))} %`, "n-share"],
+    ["points at the chosen mode", `${Math.round(100 * share_of(cfg.mode))} %`, "n-share"],
   ];
   if (cfg.skew) rows.push(["true KL to the teacher", digits(seen.kl_teacher), "n-kl-teacher"]);
   table("rows", rows);

@@ -16,7 +16,7 @@ const DEFAULTS = {
   delay: 0, rate: 0.03,                                      // late fake score, length of a step
   arrows: "moves", mode: 0, particle: -1,                    // what is drawn and chosen
 };
-const RATES = { dmd: 0.03, diff_instruct: 0.1, sid: 0.05, gan: 0.005, dmd2: 0.03, f_distill: 0.03,
+const RATES = { dmd: 0.03, diff_instruct: 0.1, sid: 0.05, gan: 0.02, dmd2: 0.03, f_distill: 0.03,
   decoupled: 0.03 };                               // a good length of step by method
 const LONGEST = 0.2;                               // no particle moves farther in one step
 const MOST_LATE = 40;

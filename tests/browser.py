@@ -4,10 +4,14 @@ Messages are JSON, ended by a zero byte: https://chromedevtools.github.io/devtoo
 """
 
 import base64
+import io
 import json
 import os
+import pathlib
+import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 
@@ -50,8 +54,9 @@ class Page:
     def message(self):
         """The next message of the browser; other than answers are kept in self.events."""
         while b"\0" not in self.rest:
-            new = os.read(self.from_browser, 1 << 16)
-            assert new, "the browser went away"
+            ready, _, _ = select.select([self.from_browser], [], [], 60)
+            new = os.read(self.from_browser, 1 << 16) if ready else b""
+            assert new, "the browser went away" if ready else "the browser has been silent for a minute"
             self.rest += new
         one, self.rest = self.rest.split(b"\0", 1)
         found = json.loads(one)
@@ -128,3 +133,19 @@ class Page:
     def errors(self):
         """What the page threw and could not catch, so far."""
         return [e["params"]["exceptionDetails"] for e in self.events if e["method"] == "Runtime.exceptionThrown"]
+
+
+def picture(path):
+    """docs/explorer.png: the page after 14 steps from a blob, in 255 colours."""
+    from PIL import Image
+
+    url = (pathlib.Path(__file__).parents[1] / "explorer" / "index.html").as_uri() + "#n=200&sigma=0.3"
+    with Page(url) as page:
+        page.until("seen !== null")
+        page.js("for (let k = 0; k < 14; k++) once(); paint(); $('speed').textContent = ''")
+        image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+        image.quantize(255, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+if __name__ == "__main__":
+    picture(sys.argv[1])

@@ -22,6 +22,13 @@ META = torch.device("meta")
 TOY = ["--preset", "toy", "--device", "cpu", "--teacher_steps", "50", "--batch", "32"]
 
 
+def pytest_terminal_summary(terminalreporter):
+    """A program that is missing leaves tests out: say so once, at the end."""
+    reasons = {str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", [])}
+    for reason in sorted(reason for reason in reasons if "is not installed:" in reason):
+        terminalreporter.write_line(reason)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def private_cache(tmp_path_factory):
     """The user's cache is neither used nor touched, by child processes neither."""

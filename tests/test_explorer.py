@@ -155,6 +155,13 @@ def test_the_jacobian_is_the_denoiser_s_derivative():
 
 
 @needs_node
+def test_the_faster_exponential_is_the_exponential():
+    """Between -41 and 0, to 1e-15 of itself."""
+    assert node("""let worst = 0; for (let v = -40.99; v <= 0; v += 1e-4)
+        worst = Math.max(worst, Math.abs(M.exp_below_0(v) / Math.exp(v) - 1)); return worst;""") < 1e-15
+
+
+@needs_node
 def test_the_split_is_exact():
     """Matching plus augmentation is DMD's guided gradient, up to their normaliser; at w = 1 augmentation is 0."""
     found = node(f"""{CFG} const teacher = M.mixture(SHAPES.ring8()), s = [0.5, 0.5, 0.5, 0.5];
