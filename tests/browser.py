@@ -54,9 +54,9 @@ class Page:
     def message(self):
         """The next message of the browser; other than answers are kept in self.events."""
         while b"\0" not in self.rest:
-            ready, _, _ = select.select([self.from_browser], [], [], 60)
+            ready, _, _ = select.select([self.from_browser], [], [], 120)
             new = os.read(self.from_browser, 1 << 16) if ready else b""
-            assert new, "the browser went away" if ready else "the browser has been silent for a minute"
+            assert new, "the browser went away" if ready else "the browser has been silent for two minutes"
             self.rest += new
         one, self.rest = self.rest.split(b"\0", 1)
         found = json.loads(one)
@@ -85,7 +85,7 @@ class Page:
         self.call("Page.navigate", url=url)
         self.until("document.readyState === 'complete'")
 
-    def until(self, condition, seconds=60):
+    def until(self, condition, seconds=120):
         """Wait for a condition of the page."""
         end = time.monotonic() + seconds
         while not self.js(condition):

@@ -228,6 +228,37 @@ def test_a_late_fake_score_makes_the_student_swing():
     assert max(late[60:]) > 0.4 and min(late[60:]) < -0.4
 
 
+EXPERIMENTS = """const text = require("fs").readFileSync(require.resolve("HOME/controls.js"), "utf8");
+const TRY = new Function(text + "; return TRY;")();
+const world = (name, more = "") => S.from_link(TRY.find((t) => t[0] === name)[1] + more);
+const right = (w) => w.x.filter((v, k) => k % 2 === 0 && v > 0).length / w.cfg.n, far = (w) => Math.max(...w.x.map(Math.abs));
+const play = (w, steps) => { let seen = S.evaluate(w);
+  for (let s = 0; s < steps; s++) { S.take_step(w, seen); seen = S.evaluate(w); } return seen; };
+""".replace("HOME", str(HOME))
+
+
+@needs_node
+def test_experiments_show_what_their_words_say():
+    """The numbers behind docs/explorer.md's table, with fewer steps where that is enough."""
+    found = node(EXPERIMENTS + """const a = world("The loss says nothing"), a1 = play(a, 60), a2 = play(a, 60);
+        const sid = world("SiD at alpha 1.2"), c1 = S.evaluate(sid), c2 = play(sid, 60);
+        const off = play(world("Normaliser off"), 60), on = play(world("Normaliser off", "&normalise=true"), 60);
+        const fill = ["kl", "rkl", "neyman"].map((h) => { const w = world("Covers or seeks", "&divergence=" + h);
+          play(w, 50); return right(w); });
+        const wrong = world("Wrong teacher"), before = right(wrong); play(wrong, 100); const copied = right(wrong);
+        Object.assign(wrong.cfg, { method: "gan", rate: S.RATES.gan }); play(wrong, 500); const repaired = right(wrong);
+        const away = world("Guidance never stops"); play(away, 150); const gone = far(away);
+        away.cfg.matching = true; play(away, 120);
+        return { loss: [a1.loss, a2.loss], kl: [a1.kl, a2.kl], sid: [c1.loss, c2.loss, c1.kl, c2.kl],
+                 off: off.kl, on: on.kl, fill, share: [before, copied, repaired], far: [gone, far(away)] };""")
+    assert max(found["loss"]) < 0.1 and found["kl"][1] < 0.8 * found["kl"][0]
+    assert found["sid"][0] < found["sid"][1] < 0 and found["sid"][3] < found["sid"][2] / 5
+    assert found["on"] < found["off"] / 2
+    assert found["fill"][0] > found["fill"][1] > found["fill"][2]
+    assert found["share"] == [0.5, pytest.approx(0.22, abs=0.04), pytest.approx(0.5, abs=0.04)]
+    assert found["far"][0] > 2.5 and found["far"][1] < 1.6
+
+
 WORLDS = ["", "method=sid&alpha=1.2&normalise=false&draws=6", "shape=checkerboard&n=60&delay=3&seed=9",
           "method=decoupled&cond=1&guidance=2.5&matching=false", "spread=true&low=0.07&high=2.3&h=0.031&rate=0.0123&skew=0.3"]
 
