@@ -25,6 +25,7 @@ class Check(NamedTuple):
     task: str
     points: float
     run: Callable                   # (student module, constants) -> None, or raises
+    writes: bool = False            # may the student's code change values of what it is given?
 
     @property
     def title(self):
@@ -48,13 +49,13 @@ class Assignment:
         c.noise = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
         return c
 
-    def check(self, task, points):
-        """Decorator: one check of a task, run in the order of definition."""
+    def check(self, task, points, writes=False):
+        """Decorator: one check of a task, run in the order of definition.  writes: the task is to change an argument."""
         if task not in self.tasks:
             raise ValueError(f"{self.name} has no task {task!r}, only {', '.join(self.tasks)}")
 
         def add(function):
-            self.checks.append(Check(task, points, function))
+            self.checks.append(Check(task, points, function, writes))
             return function
         return add
 

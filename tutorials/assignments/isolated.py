@@ -1,16 +1,18 @@
-"""Run one task of a submission in a process of its own, with limits: what goes wrong there costs that task alone.
+"""Run one task of a submission: its functions in a process of their own (child.py), the checks here.
 
-An endless loop, exit(), a full memory or a flood of output ends the child; the checks that had passed keep their points.
-This guards against accidents, not against attack: run the grader itself where a submission may do no harm (Gradescope's
-container, an account without rights).
+The checks call the student's functions through remote.py, which brings back plain data.  So an answer can be forged only
+by sending the right value.  An endless loop, exit(), a full memory or garbage on the socket ends the task: the checks
+that had passed keep their points.  What a determined cheat can still do is said in instructor/README.md.
 """
 
+import atexit
 import contextlib
-import importlib.util
 import json
-import multiprocessing
 import os
+import shutil
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,18 +22,13 @@ from pathlib import Path
 
 import torch
 
-OUTPUT = 200_000                                                  # bytes that a task may print
+from tutorials.assignments.child import load, read_exactly                            # noqa: F401, load is for public.py
+from tutorials.assignments.remote import LARGEST, Broken, Peer, Remote
+
+HERE = Path(__file__).parent
+LIBRARY = ("nano_dmd", "toy", "tutorials/assignments/child.py", "tutorials/assignments/remote.py")
+OUTPUT = 200_000                                                  # bytes that a task may print, and of a file it may write
 SECONDS = None                                                    # replaces every assignment's own limit, for tests
-
-
-def load(path):
-    """The module in a file, without leaving bytecode beside it."""
-    sys.dont_write_bytecode = True
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))
-    spec.loader.exec_module(module)
-    return module
 
 
 def assignment(name):
@@ -40,99 +37,162 @@ def assignment(name):
 
 def explain(error, path):
     """One or two lines that a student can act on."""
+    kind = getattr(error, "kind", type(error).__name__)
     if isinstance(error, NotImplementedError):
         return f"not done yet: {error}"
     if isinstance(error, AssertionError):
         return str(error) or "an assertion without a message failed"
-    if isinstance(error, SystemExit):
+    if kind == "SystemExit":
         return "the code called exit(); a function returns its result instead"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
-    line = getattr(error, "lineno", None) or (lines and lines[-1])
+    line = getattr(error, "line", None) or getattr(error, "lineno", None) or (lines and lines[-1])
     where = f" at {path.name} line {line}" if line else ""
-    return f"{type(error).__name__}{where}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
+    return f"{kind}{where}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
 
 
-def run_check(check, student, constants, path):
-    """None, or why the check failed."""
-    try:
-        torch.manual_seed(0)
-        check.run(student, constants)
-    except BaseException as e:                                    # SystemExit and KeyboardInterrupt of the student's too
-        return explain(e, path)
+# ---- the process that forks a child for each task
 
 
-def limit(seconds, mebibytes):
-    """CPU time, memory on top of what this process holds already, and printed output."""
-    import resource                                               # Unix only
+class Helper:
+    """Started once, with torch loaded and a copy of the library: no path of it leads to the solutions."""
 
-    held = int(Path("/proc/self/statm").read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE") if sys.platform == "linux" else 0
-    limits = {resource.RLIMIT_CPU: seconds, resource.RLIMIT_FSIZE: OUTPUT}
-    if held:
-        limits[resource.RLIMIT_DATA] = held + mebibytes * 2**20
-    for which, value in limits.items():
-        resource.setrlimit(which, (value, value))
+    def __init__(self):
+        self.library = tempfile.mkdtemp(prefix="library")
+        for name in LIBRARY:
+            source, to = HERE.parents[1] / name, Path(self.library, Path(name).name)
+            if source.is_dir():
+                shutil.copytree(source, to, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, to)
+        packages = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
+        self.control, theirs = socket.socketpair()
+        environment = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")}
+        command = [sys.executable, "-I", "-S", f"{self.library}/child.py", str(theirs.fileno()), self.library, *packages]
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, cwd=self.library,
+                                        stdin=subprocess.DEVNULL, start_new_session=True)
+        theirs.close()
+        if self.control.recv(4) != b"here":
+            raise RuntimeError("the grader could not start a process for the submissions")
+        interpreter = [f"{p}/{d}" for p in {sys.prefix, sys.base_prefix} for d in ("lib", "lib64", "DLLs", "Lib")]
+        self.readable = [self.library, *packages, *interpreter, *READABLE]
+
+    def begin(self, task, channel, output):
+        socket.send_fds(self.control, [json.dumps(task | dict(readable=self.readable)).encode()], [channel.fileno(), output])
+
+    def over(self):
+        """Kill what the task has left; its status, None where that is not known."""
+        with contextlib.suppress(OSError, ValueError):
+            self.control.sendall(b"x")
+            self.control.settimeout(60)
+            status = int(self.control.makefile("rb").readline())
+            return None if status < 0 else os.waitstatus_to_exitcode(status)
+        self.close()                                              # the helper itself is gone
+
+    def close(self):
+        global helper
+        helper = None
+        self.control.close()
+        self.process.kill()
+        self.process.wait()
+        shutil.rmtree(self.library, ignore_errors=True)
 
 
-def child(name, task, path, seed, seconds, sender, printed):
-    """Send JSON, never a pickled object of the student's: None or a message per check, in order."""
-    os.setsid()                                                   # its children end with it
-    out = os.open(printed, os.O_WRONLY | os.O_APPEND)
-    os.dup2(out, 1), os.dup2(out, 2)
-    torch.set_num_threads(1)
-    path, known = Path(path), assignment(name)
-    sender.send_bytes(b"here")
-    limit(seconds, known.mebibytes)
-    try:
-        student = load(path)
-    except BaseException as e:
-        student, broken = None, explain(e, path)
-    for check in known.of(task):
-        why = broken if student is None else run_check(check, student, known.constants(seed), path)
-        sender.send_bytes(json.dumps(why and why[:2000]).encode())
-    os._exit(0)                                                   # no atexit of the student's
+READABLE = ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib", "/lib64", "/usr/share", "/etc/localtime", "/etc/fonts", "/dev/urandom",
+            "/proc/cpuinfo", "/sys/devices/system/cpu", "/System", "/Library")
+helper = None
 
 
-def context():
-    """Processes that start from one with torch loaded, where the system can fork; else fresh ones."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload([__name__])
-    return found
+def started():
+    global helper
+    if helper is None:
+        helper = Helper()
+        atexit.register(helper.close)
+    return helper
+
+
+# ---- one task
+
+
+class Line:
+    """The grader's end of the socket: messages with a length before them, until the deadline."""
+
+    def __init__(self, channel, deadline):
+        self.channel, self.deadline, self.late = channel, deadline, False
+
+    @contextlib.contextmanager
+    def watched(self):
+        try:
+            self.channel.settimeout(max(1e-3, self.deadline - time.monotonic()))
+            yield
+        except TimeoutError as e:
+            self.late = True
+            raise Broken("late") from e
+        except (OSError, EOFError) as e:
+            raise Broken("gone") from e
+
+    def send(self, message):
+        with self.watched():
+            self.channel.sendall(len(message).to_bytes(8, "big") + message)
+
+    def receive(self):
+        with self.watched():
+            length = int.from_bytes(read_exactly(self.channel, 8), "big")
+            if length > LARGEST:
+                raise Broken(f"what came from the code's process is no message ({length} bytes)")
+            return read_exactly(self.channel, length)
 
 
 def run_task(name, task, path, seed):
     """([None or message per check of the task], what the code printed)."""
-    known = assignment(name)
+    known, path = assignment(name), Path(path)
     seconds = SECONDS or known.seconds
-    with tempfile.NamedTemporaryFile("w+", errors="replace") as printed:
-        receiver, sender = context().Pipe(duplex=False)
-        process = context().Process(target=child, args=(name, task, str(path), seed, seconds, sender, printed.name), daemon=True)
-        process.start()
-        sender.close()
-        answers, ended = receive(receiver, process, len(known.of(task)), seconds)
-        answers += [ended] * (len(known.of(task)) - len(answers))
-        return answers, printed.read(2000)
+    with tempfile.TemporaryDirectory(prefix="task", ignore_cleanup_errors=True) as work, \
+            tempfile.NamedTemporaryFile("w+", errors="replace") as printed:
+        for file in path.parent.glob("*.py"):
+            shutil.copy(file, work)
+        ours, theirs = socket.socketpair()
+        output, at = os.open(printed.name, os.O_WRONLY | os.O_APPEND), started()
+        with ours:
+            at.begin(dict(work=work, path=f"{work}/{path.name}", seconds=seconds, mebibytes=known.mebibytes, output=OUTPUT),
+                     theirs, output)
+            theirs.close(), os.close(output)
+            line = Line(ours, time.monotonic() + 3 * seconds)     # wall time: a busy machine is not the student's fault
+            answers, why = judge(known, task, path, seed, line)
+        status = at.over()
+        if line.late or status in (-signal.SIGXCPU, -signal.SIGKILL) and why == "gone":
+            why = f"stopped after {seconds} s of computing: is there a loop without an end?"
+        elif why in ("gone", "late"):
+            why = f"the code ended the whole process (exit status {status}): functions return, they do not exit"
+        return answers + [why] * (len(known.of(task)) - len(answers)), printed.read(2000)
 
 
-def receive(receiver, process, expected, seconds):
-    """(answers so far, why there are no more)."""
-    answers, late = [], False
+def judge(known, task, path, seed, line):
+    """([None or why it failed, per check], why there are no more)."""
+    peer, answers = Peer("p", line.send, line.receive), []
     try:
-        receiver.recv_bytes()                                     # the child is there; its first start loads torch
-    except EOFError as e:                                         # before any code of the student's ran
-        raise RuntimeError("the grader could not start a process for the task; run it from a file or with -m") from e
-    with contextlib.suppress(EOFError, OSError):
-        deadline = time.monotonic() + 3 * seconds                 # wall time: a busy machine is not the student's fault
-        while len(answers) < expected and not late:
-            late = not receiver.poll(max(0, deadline - time.monotonic()))
-            if not late:
-                answers.append(json.loads(receiver.recv_bytes(10_000)))
-    if late or len(answers) == expected:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.kill()
-    process.join()
-    if late or process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL):
-        return answers, f"stopped after {seconds} s of computing: is there a loop without an end?"
-    return answers, f"the code ended the whole process (exit status {process.exitcode}): functions return, they do not exit"
+        try:
+            peer.result(peer.ask(dict(do="load")), [])
+        except Exception as e:
+            if isinstance(e, Broken):
+                raise
+            return [explain(e, path)] * len(known.of(task)), None
+        student = peer.remember("c0", Remote(peer, "c0"))
+        for check in known.of(task):
+            peer.send(dict(do="clear"))
+            peer.clear()
+            answers.append(run_check(check, student, known.constants(seed), path, peer))
+    except Broken as e:
+        return answers, str(e)
+    return answers, None
+
+
+def run_check(check, student, constants, path, peer):
+    """None, or why the check failed."""
+    peer.writes = check.writes
+    try:
+        torch.manual_seed(0)
+        check.run(student, constants)
+    except Broken:
+        raise
+    except Exception as e:
+        return explain(e, path)

@@ -501,7 +501,7 @@ class Small(nn.Module):
         self.register_buffer("count", torch.tensor(int(10 * number)))
 
 
-@A.check("A2.5", points=5)
+@A.check("A2.5", points=5, writes=True)
 def module_average(student, c):
     """update_average: parameters move in place by the weight, buffers are copied, net stays, no graph."""
     average, seen, kept = Small(9.0), 0, doubles([0.0] * len(c.batches))

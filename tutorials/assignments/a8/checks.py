@@ -160,7 +160,7 @@ class Linear(nn.Module):
 def as_generator(student, c):
     """FlowDenoiser in nano_dmd's Generator: a unit start, and weights that learn."""
     net, z = Linear(c), c.noise(1, 5, *c.shape)
-    made = Generator(student.FlowDenoiser(net), (999.0,), unit=True)
+    made = Generator(student.FlowDenoiser(net), (999.0,), unit=True, copy=lambda same: same)
     x = made(z)
     close(made.net.net.seen[0], z[0], "what the network sees in the first step of Generator(unit=True)", rtol=1e-9,
           hint="scale(sigma) noise is x; the network sees x / (1 + sigma)")
