@@ -8,7 +8,7 @@
         x = torch.tensor([0.3 * c.scale])
         close(student.laplace_score(-x, c.scale), -student.laplace_score(x, c.scale), "score(-x)")
 
-A check gets the student's module and the constants, passes by returning and fails by raising; its docstring is its
+A check gets the student's module (when graded: a stand-in for it, remote.py) and the constants, passes by returning and fails by raising; its docstring is its
 title. Students may read all of this: hidden tests are the same checks at the constants of another seed.
 """
 
@@ -81,12 +81,16 @@ def close(got, want, what, rtol=1e-6, atol=1e-8, hint=""):
     """Fail unless got (a number or a tensor) equals want within atol + rtol * |want|, and say where it is furthest off."""
     want = torch.as_tensor(want, dtype=torch.float64)
     got = torch.as_tensor(got, dtype=torch.float64) if isinstance(got, (int, float)) else got
-    got = tensor(got, want.shape, what).detach().double()
+    got = tensor(got, want.shape, what).detach()
+    kind, got = got.dtype, got.double()
     excess = ((got - want).abs() - rtol * want.abs() - atol).flatten()
     if excess.max() > 0:
         worst = excess.argmax()
-        raise AssertionError(f"{what} is {got.flatten()[worst].item():.6g} where {want.flatten()[worst].item():.6g} is "
-                             f"right{'; ' + hint if hint else ''}")
+        got, want = got.flatten()[worst].item(), want.flatten()[worst].item()
+        digits = next((d for d in (6, 9, 12) if f"{got:.{d}g}" != f"{want:.{d}g}"), 17)
+        size = f"relative error {abs(got / want - 1):.2g}" if want and abs(got / want) < 1e9 else f"error {abs(got - want):.2g}"
+        raise AssertionError(f"{what} is {got:.{digits}g} where {want:.{digits}g} is right{'; ' + hint if hint else ''} "
+                             f"({size}{'' if kind == torch.float64 else ', in ' + str(kind)[6:]})")
 
 
 def gradient(value, x, what):

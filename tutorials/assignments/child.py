@@ -142,6 +142,7 @@ def child(channel, output, task):
     os.chdir(task["work"])
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0), os.dup2(output, 1), os.dup2(output, 2)
+    sys.stdout.reconfigure(line_buffering=True)                   # what is printed before a kill is not lost
     os.environ.update(HOME=task["work"], TMPDIR=task["work"])
     limit(task["seconds"], task["mebibytes"], task["output"])
     guard(task["work"], task["readable"])
@@ -187,8 +188,9 @@ def end(pid):
 def main(control, paths):
     sys.path += paths
     import torch
+    import torch.fx.experimental.symbolic_shapes                  # autograd asks for it: half a second, once for all forks
 
-    import remote                                                 # noqa: F401, loaded before the forks
+    import remote                                                 # noqa: F401
     if LINUX:
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)                   # orphans of the tasks become children of this process
     torch.set_num_threads(1)

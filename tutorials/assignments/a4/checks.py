@@ -338,6 +338,9 @@ def leaves_no_trace(student, c):
     holds(not got.requires_grad, "the gradient should carry no graph")
     holds(x.grad is None and layer.weight.grad is None, "a .grad was left behind; torch.autograd.grad leaves none")
     holds(x.requires_grad and layer.weight.requires_grad, "requires_grad was switched off on an argument")
+    plain = x.detach().clone()
+    student.path_gradient(plain, sigma, noise, real, network, c.alpha, ("direct", "fake"))
+    holds(not plain.requires_grad and plain.grad is None, "requires_grad was switched on for the caller's x: work on a copy")
 
 
 def affine(kind, sigma, sigma_data=0.5):
@@ -591,6 +594,9 @@ def guided_sid(student, c):
         slopes.append(w + kappa * (p - w))
         answers.append(slopes[-1] * xt + kappa * q * cond)
     gap, miss = answers[0] - answers[1], answers[0] - x
+    plain = x.clone()
+    student.lsg_gradient(plain, sigma, noise, cond, real, fake, c.alpha, c.kappa2, c.kappa1)
+    holds(not plain.requires_grad and plain.grad is None, "requires_grad was switched on for the caller's x: work on a copy")
     for alpha in (0.5, c.alpha):
         by_hand = (slopes[0] - slopes[1]) * (miss - alpha * gap) + gap * ((slopes[0] - 1) - alpha * (slopes[0] - slopes[1]))
         x.requires_grad_()

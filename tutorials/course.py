@@ -1,0 +1,230 @@
+"""The course kit: a hand-out for students, and an autograder for Gradescope.
+
+    python -m tutorials.course --to DIR [--assignments a1,a3]            a new folder with everything that students need
+    python -m tutorials.course --to DIR [--assignments a3] --update      bring what has changed since, keep students' work
+    python -m tutorials.course --autograder a1.zip [--assignments a1]    what Gradescope asks for
+    python -m tutorials.course --try a1                                  the solution must earn 100 marks here
+
+A hand-out is a folder without history and without solutions: library, grader, and for each assignment its text, starter
+and public tests.  A whole class is graded by python -m tutorials.grade FOLDER --csv grades.csv.
+"""
+
+import hashlib
+import json
+import re
+import secrets
+import zipfile
+from pathlib import Path
+
+from nano_dmd.engine.config import number, parser
+from nano_dmd.engine.files import UserError, command
+from tutorials import grade
+from tutorials.assignments.stubs import HERE, NAMES, SOLUTIONS
+
+ROOT = HERE.parents[1]
+MANIFEST = ".handout.json"                                        # {file: the hash of what was handed out}
+COMMON = ("LICENSE", "nano_dmd/**/*.py", "nano_dmd/assets/*", "toy/*.py", "tutorials/__init__.py", "tutorials/grade.py",
+          "tutorials/assignments/*.py")
+
+START = """# Assignments
+
+Install once, in this folder. Without a GPU, take the small torch first:
+
+    pip install torch --index-url https://download.pytorch.org/whl/cpu
+    pip install -e . pytest
+
+Then, for each assignment: read `README.md` in its folder, write your code into `{name}.py`, and look how far you are:
+
+    cd {name}
+    pytest test_public.py                # all tests; -k {upper}_2 runs one task
+    python -m tutorials.grade .          # your marks at the public constants
+
+You are graded by the same checks at other constants. The grader runs your code in a process of its own, without network
+and without other files. A function that a task gives you is then asked through that process: torch.autograd works through
+it as usual, torch.func (vmap, jvp) does not. Work on copies of your arguments; never change them in place.
+"""
+
+SETUP = """#!/usr/bin/env bash
+# Gradescope runs this once, when it builds the image.
+set -euo pipefail
+base="${AUTOGRADER:-/autograder}"
+cd "$base/source"
+if [ ! -x "$base/env/bin/python" ]; then
+    apt-get update && apt-get install -y python3 python3-pip python3-venv
+    python3 -m venv "$base/env"
+    "$base/env/bin/pip" install torch --index-url https://download.pytorch.org/whl/cpu
+    "$base/env/bin/pip" install numpy safetensors tqdm
+fi
+"$base/env/bin/python" -m tutorials.course --try NAMES            # the build fails where the solution does not earn 100
+rm -r tutorials/assignments/instructor                            # from here on there is nothing to be found
+chmod 600 seed
+"""
+
+RUN = """#!/usr/bin/env bash
+# Gradescope runs this for each submission.
+base="${AUTOGRADER:-/autograder}"
+mkdir -p "$base/results"
+rm -f "$base/results/results.json"
+cd "$base/source"
+"$base/env/bin/python" -m tutorials.grade "$base/submission" --assignments NAMES --seed-file seed \\
+    --out "$base/results/results.json" --terse
+if [ ! -f "$base/results/results.json" ]; then
+    echo '{"score": 0, "output": "The grader itself failed. Please tell the course staff."}' > "$base/results/results.json"
+fi
+"""
+
+
+def pyproject():
+    """The library's, without what only its own tests need."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    return re.split(r"^\[tool\.pytest", text, flags=re.M)[0].replace('readme = "README.md"\n', "")
+
+
+def library():
+    """{file: bytes} of library and grader: no solutions, no checks."""
+    found = {str(p.relative_to(ROOT)): p.read_bytes() for pattern in COMMON for p in sorted(ROOT.glob(pattern)) if p.is_file()}
+    return found | {"pyproject.toml": pyproject().encode()}
+
+
+def checks(name):
+    return {f"tutorials/assignments/{name}/{file}": (HERE / name / file).read_bytes() for file in ("__init__.py", "checks.py")}
+
+
+def folder(name):
+    """{file: bytes} of what a student sees of an assignment."""
+    return {f"{name}/{file}": (HERE / name / file).read_bytes() for file in ("README.md", f"{name}.py", "test_public.py")}
+
+
+# ---- the hand-out
+
+
+def digest(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def hand_out(to, names, update):
+    """Write the files of a hand-out below `to`, and nothing else.  Returns what was done, a line for each file or kind."""
+    files = {}
+    for name in names:
+        files |= folder(name) | checks(name)
+    manifest = read_manifest(to) if update else {}
+    if not update and to.exists():
+        raise UserError(f"{to} exists already; give a new folder, or --update to bring a hand-out up to date")
+    if not update or set(names) >= {n for n in NAMES if f"{n}/README.md" in manifest}:
+        files |= library() | {"README.md": START.format(name=names[0], upper=names[0].upper()).encode()}
+    said = [bring(to, name, content, manifest) for name, content in sorted(files.items())]
+    write(to / MANIFEST, (json.dumps(manifest, indent=0) + "\n").encode())
+    return [line for line in said if line]
+
+
+def read_manifest(to):
+    try:
+        found = json.loads((to / MANIFEST).read_text(encoding="utf-8"))
+        if not all(isinstance(v, str) for v in found.values()):
+            raise ValueError
+        return found
+    except (OSError, ValueError, AttributeError) as e:
+        raise UserError(f"{to} has no readable {MANIFEST}: --update is for a folder that --to has made") from e
+
+
+def bring(to, name, content, manifest):
+    """Write one file, unless somebody has changed it since it was handed out; a line to print, or None."""
+    path, new = to / name, digest(content)
+    if not all(p.resolve().is_relative_to(to.resolve()) for p in (path, path.with_name(path.name + ".new"))):
+        return f"left     {name}: it leads out of {to}"
+    if path.exists() and path.is_file() and (now := digest(path.read_bytes())) != manifest.get(name) and now != new:
+        if manifest.get(name) == new:
+            return None                                           # a student's work, and nothing new to bring
+        write(path.with_name(path.name + ".new"), content)
+        return f"left     {name}: it has been changed; the new version is {name}.new"
+    known, before = manifest.get(name), path.exists()
+    manifest[name] = new
+    if before and known == new:
+        return None
+    write(path, content)
+    return f"{'updated' if before else 'new':8} {name}"
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+# ---- the autograder
+
+
+def solutions(name):
+    if not SOLUTIONS.is_dir():
+        raise UserError(f"there is no {SOLUTIONS.name}/ here: an autograder is made where the solutions are")
+    files = [SOLUTIONS / "__init__.py", *sorted((SOLUTIONS / name).glob("*.py"))]
+    return {str(p.relative_to(ROOT)): p.read_bytes() for p in files}
+
+
+def autograder(to, names, seed):
+    """Write Gradescope's zip: setup.sh and run_autograder on top, library, grader, checks, solutions and the seed."""
+    files = library() | {"tutorials/course.py": Path(__file__).read_bytes(), "seed": f"{seed}\n".encode()}
+    for name in names:
+        files |= folder(name) | checks(name) | solutions(name)
+        files |= {f"tutorials/assignments/{name}/{name}.py": (HERE / name / f"{name}.py").read_bytes()}
+    for name, text in (("setup.sh", SETUP), ("run_autograder", RUN)):
+        files[name] = text.replace("NAMES", ",".join(names)).encode()
+    with zipfile.ZipFile(to, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, content in sorted(files.items()):
+            info = zipfile.ZipInfo(name, (2026, 1, 1, 0, 0, 0))
+            info.external_attr = (0o755 if name in ("setup.sh", "run_autograder") else 0o644) << 16
+            info.compress_type = zipfile.ZIP_DEFLATED
+            packed.writestr(info, content)
+
+
+def attempt(names, seed):
+    """Grade the solutions: a grader that does not give them full marks is not set up."""
+    for name in names:
+        path = SOLUTIONS / name / "solution.py"
+        if not path.is_file():
+            raise UserError(f"there is no solution of {name} here")
+        found = grade.grade(name, path, seed)
+        if lost := [f"{t['number']}: {t['output']}" for t in found if t["score"] < t["max_score"]]:
+            raise UserError(f"the solution of {name} loses marks here; {lost[0]}")
+        print(f"{name}: the solution earns {sum(t['score'] for t in found):g} of 100")
+
+
+def chosen(text, otherwise):
+    names = list(dict.fromkeys(n.strip() for n in text.split(",") if n.strip())) or otherwise
+    if unknown := set(names) - set(NAMES):
+        raise UserError(f"no assignment {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+    return names
+
+
+def main(argv=None):
+    p = parser("python -m tutorials.course", __doc__)
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--to", metavar="DIR", help="the folder of the hand-out")
+    what.add_argument("--autograder", metavar="ZIP", help="a name such as a1.zip")
+    what.add_argument("--try", dest="attempt", metavar="NAMES", help="grade the solutions of a1,a3 for example")
+    p.add_argument("--assignments", default="", help="a1,a3 for example (default: all; for a1.zip: a1)")
+    p.add_argument("--update", action="store_true", help="DIR is a hand-out already")
+    p.add_argument("--seed", type=number(1, 2**63 - 1), help="of the autograder's constants (default: drawn at random)")
+    args = p.parse_args(argv)
+    if args.attempt:
+        return attempt(chosen(args.attempt, []), 20260101)
+    if args.to:
+        to = Path(args.to)
+        known = [n for n in NAMES if f"{n}/README.md" in read_manifest(to)] if args.update and not args.assignments else list(NAMES)
+        said = hand_out(to, chosen(args.assignments, known), args.update)
+        print("\n".join(said) if args.update else f"{to}: {len(said)} files" if said else "")
+        return print("nothing has changed") if args.update and not said else None
+    if not args.autograder.endswith(".zip"):
+        raise UserError(f"--autograder {args.autograder!r}: give a name that ends in .zip")
+    if Path(args.autograder).exists():
+        raise UserError(f"{args.autograder} exists already; give a new name")
+    guess = Path(args.autograder).stem
+    names = chosen(args.assignments, [guess] if guess in NAMES else [])
+    if not names:
+        raise UserError(f"which assignment is {args.autograder}? Call it a1.zip, or say --assignments a1")
+    seed = args.seed or secrets.randbelow(2**62) + 1
+    autograder(args.autograder, names, seed)
+    print(f"{args.autograder}: {', '.join(names)}; its seed is in the file `seed` inside. Keep the zip from students.")
+
+
+if __name__ == "__main__":
+    command(main)
