@@ -42,9 +42,11 @@ def grade_task(known, task, path, seed):
                 output="\n".join(lines))
 
 
-ODD = {"tutorials", "instructor", "ctypes", "subprocess", "socket", "signal", "multiprocessing", "importlib", "inspect", "gc", "exec",
-       "eval", "compile", "open", "__import__", "fork", "kill", "system", "_exit", "setsid", "_getframe", "settrace", "remote",
-       "child", "__globals__", "__subclasses__", "__closure__", "modules", "solution", "pickle"}
+ODD_IMPORTS = {"tutorials", "instructor", "remote", "child", "ctypes", "subprocess", "socket", "signal", "multiprocessing", "importlib",
+               "inspect", "gc", "pickle", "builtins"}
+ODD_NAMES = {"exec", "eval", "compile", "open", "__import__", "globals", "vars"}
+ODD_ATTRIBUTES = {"fork", "kill", "killpg", "system", "_exit", "setsid", "_getframe", "settrace", "__globals__", "__subclasses__",
+                  "__closure__", "__code__", "__dict__", "__reduce__"}
 
 
 def suspicious(path):
@@ -55,12 +57,15 @@ def suspicious(path):
         return ["cannot be parsed"]
     found = set()
     for node in ast.walk(tree):
-        names = [getattr(node, "id", None), getattr(node, "attr", None), getattr(node, "module", None)]
-        names += [alias.name for alias in getattr(node, "names", []) if isinstance(alias, ast.alias)]
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "/proc" in node.value:
-            names.append("/proc")
-        parts = {part for name in names if name for part in ([name] if name == "/proc" else name.split("."))}
-        found |= {(node.lineno, part) for part in parts & (ODD | {"/proc"})}
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+            found |= {(node.lineno, part) for name in names for part in name.split(".") if part in ODD_IMPORTS}
+        elif isinstance(node, ast.Name) and node.id in ODD_NAMES:
+            found.add((node.lineno, node.id))
+        elif isinstance(node, ast.Attribute) and node.attr in ODD_ATTRIBUTES:
+            found.add((node.lineno, node.attr))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "/proc" in node.value:
+            found.add((node.lineno, "/proc"))
     return [f"line {line}: {name}" for line, name in sorted(found)[:20]]
 
 

@@ -57,14 +57,14 @@ def limit(seconds, mebibytes, output):
         resource.setrlimit(which, (value, value))
 
 
-def guard(work, readable):
+def guard(work, readable, kernel=True):
     """Files: read those below `readable` and write below `work`, nothing else.  Signals to other processes: none.
 
     By the kernel (Landlock, Linux 5.13 and later), for everything that this process will ever start.  Elsewhere by
     Python's audit hook, which holds against Python code alone.
     """
     readable = [p for p in readable if os.path.exists(p)]
-    if not (LINUX and landlock(work, readable)):
+    if not (LINUX and kernel and landlock(work, readable)):
         audit(work, readable)
 
 
@@ -90,7 +90,7 @@ def landlock(work, readable):
 
 
 def audit(work, readable):
-    inside, below = tuple(os.path.realpath(p) for p in (work,)), tuple(os.path.realpath(p) for p in readable)
+    inside, below = (os.path.realpath(work), os.devnull), tuple(os.path.realpath(p) for p in readable)
 
     def hook(event, args):
         if event in ("os.kill", "os.killpg", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "ctypes.dlopen"):
@@ -145,7 +145,7 @@ def child(channel, output, task):
     sys.stdout.reconfigure(line_buffering=True)                   # what is printed before a kill is not lost
     os.environ.update(HOME=task["work"], TMPDIR=task["work"])
     limit(task["seconds"], task["mebibytes"], task["output"])
-    guard(task["work"], task["readable"])
+    guard(task["work"], task["readable"], task["kernel"])
     serve(channel, task)
 
 

@@ -36,14 +36,14 @@ class Broken(Exception):
 
 
 def data(t):
-    raw = t.detach().resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    raw = torch.empty(t.numel(), dtype=t.dtype).copy_(t.detach().reshape(-1)).view(torch.uint8).numpy().tobytes()
     return [str(t.dtype).split(".")[1], list(t.shape), base64.b64encode(raw).decode()]
 
 
 def tensor(found):
     """The tensor of data(t)."""
     dtype, shape, raw = DTYPES[found[0]], [int(n) for n in found[1]], bytearray(base64.b64decode(found[2], validate=True))
-    return torch.frombuffer(raw, dtype=dtype).reshape(shape) if raw else torch.empty(shape, dtype=dtype)
+    return (torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)).reshape(shape)
 
 
 def state(t):

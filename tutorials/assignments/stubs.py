@@ -1,12 +1,14 @@
 """Generate what students get from the solutions, so that the two cannot drift apart.
 
     python -m tutorials.assignments.stubs              write every starter from its solution
+    python -m tutorials.assignments.stubs --to DIR     copy texts, starters and public tests as they are to DIR
 
-Students get a copy of them from `python -m tutorials.course --to DIR`, which needs no solutions.  In a solution, the lines between "### BEGIN SOLUTION A1.2" and "### END SOLUTION" become one that raises
+A whole hand-out, with the grader, comes from `python -m tutorials.course --to DIR`.  In a solution, the lines between "### BEGIN SOLUTION A1.2" and "### END SOLUTION" become one that raises
 NotImplementedError naming the task; signatures, docstrings and everything else stay as they are.
 """
 
 import re
+import shutil
 from pathlib import Path
 
 from nano_dmd.engine.config import parser
@@ -15,6 +17,7 @@ from nano_dmd.engine.files import UserError, command
 HERE = Path(__file__).parent
 SOLUTIONS = HERE / "instructor"
 NAMES = tuple(p.parent.name for p in sorted(HERE.glob("a?/checks.py")))               # a hand-out may hold only some
+PUBLIC = ("README.md", "{name}.py", "test_public.py")
 REGION = re.compile(r"^( *)### BEGIN SOLUTION (A\d\.\d)\n.*?^ *### END SOLUTION\n", re.M | re.S)
 
 
@@ -28,15 +31,18 @@ def starter(solution):
 
 def main(argv=None):
     p = parser("python -m tutorials.assignments.stubs", __doc__)
-    p.add_argument("--to", metavar="DIR", help="the same as python -m tutorials.course --to DIR: writes no starter")
-    if to := p.parse_args(argv).to:
-        from tutorials import course
-
-        return course.main(["--to", to])
-    if not SOLUTIONS.is_dir():
+    p.add_argument("--to", metavar="DIR", help="a new folder for texts, starters and public tests; writes no starter here")
+    to = p.parse_args(argv).to
+    if to and Path(to).exists():
+        raise UserError(f"{to} exists already; give a folder that does not")
+    if not to and not SOLUTIONS.is_dir():
         raise UserError(f"there is no {SOLUTIONS.name}/ here: starters are written from solutions")
     for name in NAMES:
-        (HERE / name / f"{name}.py").write_text(starter((SOLUTIONS / name / "solution.py").read_text()))
+        for file in (f.format(name=name) for f in PUBLIC if to):
+            (Path(to) / name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(HERE / name / file, Path(to) / name)
+        if not to:
+            (HERE / name / f"{name}.py").write_text(starter((SOLUTIONS / name / "solution.py").read_text()))
 
 
 if __name__ == "__main__":

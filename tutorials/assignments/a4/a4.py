@@ -108,11 +108,13 @@ def mesm_gradient(A, b, real, sigma, z, noise, weights):
     raise NotImplementedError("A4.2 is yours to write")
 
 
-def sid_from_parts(sampling, scores, alpha):
-    """The expected gradient that SiD takes at A, from the two parts of dM/dA.
+def game_from_parts(sampling, scores, c, k):
+    """The expected gradient at A of a generator that plays for
 
-    SiD holds the weights of the fake network: its d_fake is optimal for the current A and does not know that it
-    should move with it. No normaliser. sampling, scores (D, D); returns (D, D).
+        c (|d_real - x|^2 - |d_fake - x|^2) + k |d_real - d_fake|^2
+
+    from the two parts of dM/dA. The weights of the fake network are held: its d_fake is optimal for the current A and
+    does not know that it should move with it. SiD is one pair (c, k) (A4.1). sampling, scores (D, D); returns (D, D).
     """
     raise NotImplementedError("A4.2 is yours to write")
 
@@ -156,19 +158,20 @@ def detached_factor(kind, sigma, sigma_data=0.5):
 # ---- A4.4  where a large alpha leads --------------------------------------------------------------------------------
 
 
-def sid_slope(a, s, sigma, alpha):
-    """d/da of SiD's expected loss in one dimension: data N(0, s^2), x = a z, fake score optimal for a and held there.
+def sid_slope(a, s, sigma, alpha, own=0.0):
+    """d/da of SiD's expected loss in one dimension: data N(0, s^2), fake score optimal for the generator and held there.
 
-    sigma (K,) noise levels, all equally likely: the mean over them. No normaliser. a, s, alpha numbers, a > 0.
+    The generator is x = a z + own z', z and z' unit normal: a noise of its own, which a does not reach.
+    sigma (K,) noise levels, all equally likely: the mean over them. No normaliser. a, s, alpha, own numbers, a > 0.
     returns one number (0-d tensor). Gradient descent is  a <- a - lr * sid_slope(a, ...).
     """
     raise NotImplementedError("A4.4 is yours to write")
 
 
-def basin(s, sigma, alpha):
-    """(low, high): the scales a > 0 from which SiD at one noise level flows to a = s, in the limit of small steps.
+def basin(s, sigma, alpha, own=0.0):
+    """(low, high): the scales a > 0 from which SiD at one noise level flows to the data, in the limit of small steps.
 
-    s, sigma, alpha numbers; alpha may be negative. An end without a boundary is 0.0 or math.inf.
+    s, sigma, alpha, own numbers, 0 <= own < s, as in sid_slope; alpha may be negative. An end without a boundary is 0.0 or math.inf.
     """
     raise NotImplementedError("A4.4 is yours to write")
 
@@ -217,12 +220,13 @@ def lsg_gradient(x, sigma, noise, cond, real, fake, alpha, kappa2, kappa4):
     raise NotImplementedError("A4.5 is yours to write")
 
 
-def long_fixed_point(s, tau, sigma, kappa):
-    """(m, a): the generator x = m cond + a z at which the guided conditional_teacher(s, tau) equals E[x | xt, cond] of
-    the generator for every xt and cond, at one noise level. Numbers; kappa is below largest_guidance."""
+def long_fixed_point(s, tau, sigma, kappa, own=0.0):
+    """(m, a): the generator x = m cond + a z + own z' at which the guided conditional_teacher(s, tau) equals
+    E[x | xt, cond] of the generator for every xt and cond, at one noise level. Numbers; own as in sid_slope, and kappa is
+    below largest_guidance."""
     raise NotImplementedError("A4.5 is yours to write")
 
 
-def largest_guidance(s, tau, sigma):
+def largest_guidance(s, tau, sigma, own=0.0):
     """The kappa at which the spread a of long_fixed_point reaches 0: above it no generator has the guided score."""
     raise NotImplementedError("A4.5 is yours to write")

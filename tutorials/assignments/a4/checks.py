@@ -25,7 +25,7 @@ def constants(rng):
     largest = (s**2 + tau**2) * (s**2 + sigma**2) / (sigma * tau) ** 2
     return dict(s=s, sigma=sigma, sigmas=(sigma, u(1.5, 2.5) * sigma), tau=tau, wide=wide, alpha=u(1.15, 1.7),
                 share=u(0.3, 0.7), std=u(0.3, 0.6), shift=u(-0.6, 0.6), sigma_data=u(0.2, 0.9),
-                kappa=1 + u(0.2, 0.7) * (largest - 1), kappa1=u(1.3, 2.5), kappa2=u(0.5, 4.0), m=u(0.6, 1.4))
+                kappa=1 + u(0.2, 0.7) * (largest - 1), kappa1=u(1.3, 2.5), kappa2=u(0.5, 4.0), m=u(0.6, 1.4), own=u(0.3, 0.6) * s)
 
 
 A = Assignment("a4", "Score identity distillation", constants, {
@@ -267,18 +267,21 @@ def two_parts(student, c):
 
 
 @A.check("A4.2", points=4)
-def what_sid_takes(student, c):
-    """SiD's gradient is predicted from the parts, for four values of alpha."""
+def what_the_game_takes(student, c):
+    """The gradient of the game is predicted from the parts, for SiD at three values of alpha and for two other games."""
     case = ellipses(c)
     frozen = Posterior(case.b, case.A @ case.A.T)
-    for alpha in (0.0, 0.5, 1.0, c.alpha):
+    for of, pair in (("SiD at alpha 0", (0.5, 0.5)), ("SiD at alpha 1/2", (0.5, 0.0)), ("SiD at a large alpha", (0.5, 0.5 - c.alpha)),
+                     ("a game", (c.share, c.shift)), ("L1 alone", (0.0, c.wide))):
         moving = case.A.clone().requires_grad_()
         x = case.z @ moving.T + case.b
         xt = add_noise(x, case.sigma, case.noise)
-        loss = sid_integrand(x, case.real(xt, case.sigma), frozen(xt, case.sigma), alpha, normalise=False).sum(1)
-        want = torch.autograd.grad(case.weights @ loss, moving)[0]
-        close(student.sid_from_parts(*closed_parts(case), alpha), want, f"SiD's gradient at alpha {alpha:.3g}", atol=1e-10,
-              hint="E[SiD] = (1 - alpha) M; which part of its gradient is lost by holding the fake score?")
+        d_real, d_fake = case.real(xt, case.sigma), frozen(xt, case.sigma)
+        loss = pair[0] * ((d_real - x) ** 2 - (d_fake - x) ** 2) + pair[1] * (d_real - d_fake) ** 2
+        want = torch.autograd.grad(case.weights @ loss.sum(1), moving)[0]
+        close(student.game_from_parts(*closed_parts(case), *pair), want, f"the gradient of {of}, c = {pair[0]:.3g}, k = {pair[1]:.3g}",
+              atol=1e-10, hint="which alpha and which factor of SiD is this game? Which part of its gradient is lost by holding "
+              "the fake score?")
 
 
 # ---- A4.3  three paths of a gradient, and the coordinates they live in --------------------------------------------------
@@ -412,51 +415,54 @@ def what_detaching_leaves(student, c):
 # ---- A4.4  where a large alpha leads --------------------------------------------------------------------------------
 
 
-def measured_slope(a, s, sigma, alpha):
+def measured_slope(a, s, sigma, alpha, own=0.0):
     """The slope by Gauss-Hermite and autograd through nano_dmd's integrand, at one noise level."""
-    z, weights = grid(4, 2)
+    z, weights = grid(4, 3)
     scale = torch.tensor(a, dtype=torch.float64, requires_grad=True)
-    x = scale * z[:, :1]
-    xt = x + sigma * z[:, 1:]
-    d_real, d_fake = s**2 / (s**2 + sigma**2) * xt, a**2 / (a**2 + sigma**2) * xt
+    x, var = scale * z[:, :1] + own * z[:, 2:], a**2 + own**2
+    xt = x + sigma * z[:, 1:2]
+    d_real, d_fake = s**2 / (s**2 + sigma**2) * xt, var / (var + sigma**2) * xt
     return torch.autograd.grad(weights @ sid_integrand(x, d_real, d_fake, alpha, normalise=False).sum(1), scale)[0].item()
 
 
 @A.check("A4.4", points=5)
 def slope(student, c):
-    """The slope is that of SiD's loss with the fake score held, over scales and alphas, averaged over noise levels."""
+    """The slope is that of SiD's loss with the fake score held, over scales and alphas, with and without noise of its own."""
     levels = (*c.sigmas, c.wide)
-    for a, alpha in product((0.2 * c.s, c.s, 1.7 * c.s, 6.0 * c.s), (-c.wide, 0.0, 0.5, 1.0, c.alpha)):
-        want = float(np.mean([measured_slope(a, c.s, level, alpha) for level in levels]))
-        close(student.sid_slope(a, c.s, float64(*levels), alpha), want, f"slope at a = {a:.3g}, alpha {alpha:.3g}", atol=1e-10,
-              hint="the fake denoiser f xt has f of the current a, and f is not differentiated")
+    for a, alpha, own in product((0.2 * c.s, c.s, 1.7 * c.s, 6.0 * c.s), (-c.wide, 0.0, 0.5, 1.0, c.alpha), (0.0, c.own)):
+        want = float(np.mean([measured_slope(a, c.s, level, alpha, own) for level in levels]))
+        close(student.sid_slope(a, c.s, float64(*levels), alpha, own), want, f"slope at a = {a:.3g}, alpha {alpha:.3g}, own {own:.3g}",
+              atol=1e-10, hint="the fake denoiser f xt has f of the generator's present variance, and f is not differentiated")
 
 
-def walls(low, high, s, sigma, alpha):
-    """Slopes point to s inside (low, high) and away from it just outside."""
-    inside = [low * 1.001 if low else 1e-3 * s, (low + s) / 2, s * 0.999, s * 1.001]
-    inside += [(s + high) / 2, high * 0.999] if high < math.inf else [3 * s, 30 * s]
+def walls(low, high, s, sigma, alpha, own):
+    """Slopes point to the data's scale, a^2 + own^2 = s^2, inside (low, high) and away from it just outside."""
+    goal = math.sqrt(s**2 - own**2)
+    inside = [low * 1.001 if low else 1e-3 * goal, (low + goal) / 2, goal * 0.999, goal * 1.001]
+    inside += [(goal + high) / 2, high * 0.999] if high < math.inf else [3 * s, 30 * s]
     for a in inside:
-        holds(measured_slope(a, s, sigma, alpha) * (a - s) > 0, f"({low:.4g}, {high:.4g}) at alpha {alpha:.3g}: descent from "
-              f"a = {a:.4g} inside it moves away from s = {s:.4g}")
+        holds(measured_slope(a, s, sigma, alpha, own) * (a - goal) > 0, f"({low:.4g}, {high:.4g}) at alpha {alpha:.3g}, own "
+              f"{own:.3g}: descent from a = {a:.4g} inside it moves away from {goal:.4g}")
     outside = ([low * 0.999] if low else []) + ([high * 1.001] if high < math.inf else [])
     for a in outside:
-        holds(measured_slope(a, s, sigma, alpha) * (a - s) < 0, f"({low:.4g}, {high:.4g}) at alpha {alpha:.3g}: descent from "
-              f"a = {a:.4g} outside it still moves to s = {s:.4g}")
+        holds(measured_slope(a, s, sigma, alpha, own) * (a - goal) < 0, f"({low:.4g}, {high:.4g}) at alpha {alpha:.3g}, own "
+              f"{own:.3g}: descent from a = {a:.4g} outside it still moves to {goal:.4g}")
 
 
-def ends(student, s, sigma, alpha):
-    low, high = (float(v) for v in student.basin(s, sigma, alpha))
-    holds(0 <= low < s < high, f"at alpha {alpha:.3g} the basin ({low:.4g}, {high:.4g}) should hold s = {s:.4g}, low >= 0")
-    walls(low, high, s, sigma, alpha)
+def ends(student, s, sigma, alpha, own):
+    low, high = (float(v) for v in student.basin(s, sigma, alpha, own))
+    goal = math.sqrt(s**2 - own**2)
+    holds(0 <= low < goal < high, f"at alpha {alpha:.3g}, own {own:.3g} the basin ({low:.4g}, {high:.4g}) should hold {goal:.4g}, "
+          "low >= 0")
+    walls(low, high, s, sigma, alpha, own)
     return low, high
 
 
 @A.check("A4.4", points=4)
 def basin_above_one(student, c):
     """For alpha > 1 a start too far out is repelled: the boundary is where the slope changes sign."""
-    for alpha in (c.alpha, 1.2, 1 + c.wide):
-        low, high = ends(student, c.s, c.sigma, alpha)
+    for alpha, own in product((c.alpha, 1.2, 1 + c.wide), (0.0, c.own)):
+        low, high = ends(student, c.s, c.sigma, alpha, own)
         holds(low == 0 and high < math.inf, f"at alpha {alpha:.3g} only the outer end is a boundary, got ({low:.4g}, {high:.4g})")
 
 
@@ -464,11 +470,14 @@ def basin_above_one(student, c):
 def basin_elsewhere(student, c):
     """From 0 to 1 there is no boundary; a very negative alpha makes small scales collapse, a mildly negative one does not."""
     for alpha in (0.0, 0.5, 1.0, -0.6 * (c.sigma / c.s) ** 2):
-        low, high = ends(student, c.s, c.sigma, alpha)
-        holds((low, high) == (0, math.inf), f"at alpha {alpha:.3g} every start a > 0 reaches s, got ({low:.4g}, {high:.4g})")
+        low, high = ends(student, c.s, c.sigma, alpha, c.own)
+        holds((low, high) == (0, math.inf), f"at alpha {alpha:.3g} every start a > 0 arrives, got ({low:.4g}, {high:.4g})")
     alpha = -c.wide * (c.sigma / c.s) ** 2
-    low, high = ends(student, c.s, c.sigma, alpha)
+    low, high = ends(student, c.s, c.sigma, alpha, 0.0)
     holds(low > 0 and high == math.inf, f"at alpha {alpha:.3g} only the inner end is a boundary, got ({low:.4g}, {high:.4g})")
+    edge = low                                                    # noise of its own wider than that: nothing can collapse
+    low, high = ends(student, c.s, c.sigma, alpha, (edge + c.s) / 2)
+    holds((low, high) == (0, math.inf), f"with own noise wider than {edge:.4g} every start arrives, got ({low:.4g}, {high:.4g})")
 
 
 def ends_at(student, expected, what, slope, a, s, lr, steps):
@@ -626,17 +635,29 @@ def where_long_guidance_leads(student, c):
     """At the fixed point the generator's own posterior is the guided teacher; without guidance it is the data."""
     m, a = student.long_fixed_point(c.s, c.tau, c.sigma, 1.0)
     close(float64(m, a), float64(1.0, c.s), "(m, a) without guidance")
-    for kappa in (1 + 0.5 * (c.kappa - 1), c.kappa):
-        m, a = (float(v) for v in student.long_fixed_point(c.s, c.tau, c.sigma, kappa))
+    for share, own in product((0.5, 1.0), (0.0, c.own)):
+        kappa = 1 + share * (c.kappa - 1) * (limit(c, own) - 1) / (limit(c, 0.0) - 1)
+        m, a = (float(v) for v in student.long_fixed_point(c.s, c.tau, c.sigma, kappa, own))
         holds(a > 0, f"the spread a should be positive, got {a:.4g}")
-        close(affine_posterior(m, a, c.tau, c.sigma), guided_teacher(c.s, c.tau, c.sigma, kappa),
-              f"(slope, offset) of the generator's posterior at kappa {kappa:.3g}",
-              hint="write the guided teacher as r xt + h cond, and E[x | xt, cond] of m cond + a z likewise")
+        close(affine_posterior(m, math.hypot(a, own), c.tau, c.sigma), guided_teacher(c.s, c.tau, c.sigma, kappa),
+              f"(slope, offset) of the generator's posterior at kappa {kappa:.3g}, own {own:.3g}",
+              hint="write the guided teacher as r xt + h cond, and E[x | xt, cond] of m cond + a z + own z' likewise")
+
+
+def limit(c, own):
+    """The kappa at which the guided teacher's slope is that of a generator with no spread but its own, by bisection."""
+    low, high, floor = 1.0, 1e6, affine_posterior(1.0, own, c.tau, c.sigma)[0] if own else 0.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if guided_teacher(c.s, c.tau, c.sigma, middle)[0] > floor else (low, middle)
+    return low
 
 
 @A.check("A4.5", points=2)
 def guidance_without_a_generator(student, c):
-    """At the largest guidance the guided teacher no longer depends on xt: its posterior has no spread left."""
-    largest = float(student.largest_guidance(c.s, c.tau, c.sigma))
-    close(guided_teacher(c.s, c.tau, c.sigma, largest)[0], 0.0, "slope of the guided teacher in xt at that kappa", atol=1e-9,
-          hint="a^2 / (a^2 + sigma^2) has to fall to 0")
+    """At the largest guidance nothing is left for a: the guided teacher's slope is that of the generator's own noise."""
+    for own in (0.0, c.own):
+        largest = float(student.largest_guidance(c.s, c.tau, c.sigma, own))
+        close(guided_teacher(c.s, c.tau, c.sigma, largest)[0], own**2 / (own**2 + c.sigma**2),
+              f"slope of the guided teacher in xt at that kappa, own {own:.3g}", atol=1e-9,
+              hint="(a^2 + own^2) / (a^2 + own^2 + sigma^2) has to fall to its value at a = 0")

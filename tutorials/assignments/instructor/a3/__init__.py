@@ -1,1 +1,1 @@
-"""Assignment A3, for instructors: the solution, and wrong answers that the checks reject."""
+"""Solution of A3, and wrong answers to it.  The answers to its predictions are in ../key.md."""

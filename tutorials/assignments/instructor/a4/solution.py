@@ -129,14 +129,16 @@ def mesm_gradient(A, b, real, sigma, z, noise, weights):
     ### END SOLUTION
 
 
-def sid_from_parts(sampling, scores, alpha):
-    """The expected gradient that SiD takes at A, from the two parts of dM/dA.
+def game_from_parts(sampling, scores, c, k):
+    """The expected gradient at A of a generator that plays for
 
-    SiD holds the weights of the fake network: its d_fake is optimal for the current A and does not know that it
-    should move with it. No normaliser. sampling, scores (D, D); returns (D, D).
+        c (|d_real - x|^2 - |d_fake - x|^2) + k |d_real - d_fake|^2
+
+    from the two parts of dM/dA. The weights of the fake network are held: its d_fake is optimal for the current A and
+    does not know that it should move with it. SiD is one pair (c, k) (A4.1). sampling, scores (D, D); returns (D, D).
     """
     ### BEGIN SOLUTION A4.2
-    return 0.5 * scores + (1 - alpha) * sampling
+    return c * scores + (c + k) * sampling
     ### END SOLUTION
 
 
@@ -199,26 +201,28 @@ def detached_factor(kind, sigma, sigma_data=0.5):
 # ---- A4.4  where a large alpha leads --------------------------------------------------------------------------------
 
 
-def sid_slope(a, s, sigma, alpha):
-    """d/da of SiD's expected loss in one dimension: data N(0, s^2), x = a z, fake score optimal for a and held there.
+def sid_slope(a, s, sigma, alpha, own=0.0):
+    """d/da of SiD's expected loss in one dimension: data N(0, s^2), fake score optimal for the generator and held there.
 
-    sigma (K,) noise levels, all equally likely: the mean over them. No normaliser. a, s, alpha numbers, a > 0.
+    The generator is x = a z + own z', z and z' unit normal: a noise of its own, which a does not reach.
+    sigma (K,) noise levels, all equally likely: the mean over them. No normaliser. a, s, alpha, own numbers, a > 0.
     returns one number (0-d tensor). Gradient descent is  a <- a - lr * sid_slope(a, ...).
     """
     ### BEGIN SOLUTION A4.4
-    r, f = s**2 / (s**2 + sigma**2), a**2 / (a**2 + sigma**2)     # d_real = r xt, d_fake = f xt
+    var = a**2 + own**2                                           # of x, but E[xt z] = E[x z] = a
+    r, f = s**2 / (s**2 + sigma**2), var / (var + sigma**2)       # d_real = r xt, d_fake = f xt
     return (2 * a * (f - r) * ((1 - r) - alpha * (f - r))).mean()
     ### END SOLUTION
 
 
-def basin(s, sigma, alpha):
-    """(low, high): the scales a > 0 from which SiD at one noise level flows to a = s, in the limit of small steps.
+def basin(s, sigma, alpha, own=0.0):
+    """(low, high): the scales a > 0 from which SiD at one noise level flows to the data, in the limit of small steps.
 
-    s, sigma, alpha numbers; alpha may be negative. An end without a boundary is 0.0 or math.inf.
+    s, sigma, alpha, own numbers, 0 <= own < s, as in sid_slope; alpha may be negative. An end without a boundary is 0.0 or math.inf.
     """
     ### BEGIN SOLUTION A4.4
     square = math.inf if alpha == 1 else (alpha * s**2 + sigma**2) / (alpha - 1)                  # slope is 0 there
-    edge = math.sqrt(max(square, 0.0))
+    edge = math.sqrt(max(square - own**2, 0.0))
     return (0.0, edge) if alpha > 1 else (edge if alpha < 0 else 0.0, math.inf)
     ### END SOLUTION
 
@@ -288,18 +292,20 @@ def lsg_gradient(x, sigma, noise, cond, real, fake, alpha, kappa2, kappa4):
     ### END SOLUTION
 
 
-def long_fixed_point(s, tau, sigma, kappa):
-    """(m, a): the generator x = m cond + a z at which the guided conditional_teacher(s, tau) equals E[x | xt, cond] of
-    the generator for every xt and cond, at one noise level. Numbers; kappa is below largest_guidance."""
+def long_fixed_point(s, tau, sigma, kappa, own=0.0):
+    """(m, a): the generator x = m cond + a z + own z' at which the guided conditional_teacher(s, tau) equals
+    E[x | xt, cond] of the generator for every xt and cond, at one noise level. Numbers; own as in sid_slope, and kappa is
+    below largest_guidance."""
     ### BEGIN SOLUTION A4.5
     r_cond, r_uncond = s**2 / (s**2 + sigma**2), (s**2 + tau**2) / (s**2 + tau**2 + sigma**2)
     r = r_uncond + kappa * (r_cond - r_uncond)                    # guided teacher = r xt + kappa (1 - r_cond) cond
-    return kappa * (1 - r_cond) / (1 - r), sigma * math.sqrt(r / (1 - r))
+    return kappa * (1 - r_cond) / (1 - r), math.sqrt(sigma**2 * r / (1 - r) - own**2)
     ### END SOLUTION
 
 
-def largest_guidance(s, tau, sigma):
+def largest_guidance(s, tau, sigma, own=0.0):
     """The kappa at which the spread a of long_fixed_point reaches 0: above it no generator has the guided score."""
     ### BEGIN SOLUTION A4.5
-    return (s**2 + tau**2) * (s**2 + sigma**2) / (sigma * tau) ** 2
+    r_cond, r_uncond = s**2 / (s**2 + sigma**2), (s**2 + tau**2) / (s**2 + tau**2 + sigma**2)
+    return (r_uncond - own**2 / (own**2 + sigma**2)) / (r_uncond - r_cond)
     ### END SOLUTION

@@ -1,1 +1,1 @@
-"""Solution of A8, and wrong answers to it."""
+"""Solution of A8, and wrong answers to it.  The answers to its predictions are in ../key.md."""

@@ -1,0 +1,363 @@
+"""The course kit: what students get, what Gradescope gets, and submissions that want marks for nothing."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from nano_dmd.engine.files import UserError
+from tutorials import course, grade
+from tutorials.assignments import isolated, stubs
+from tutorials.assignments.isolated import assignment, run_task
+
+ROOT = Path(__file__).parents[1]
+SEED = 31415926535
+needs_solutions = pytest.mark.skipif(not stubs.SOLUTIONS.is_dir(), reason="tutorials/assignments/instructor/ is not in this tree")
+
+
+def solution(name):
+    return import_module("tutorials.assignments.instructor").solution(name)
+
+
+# ---- the hand-out
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def handed(tmp_path):
+    course.main(["--to", str(tmp_path / "course"), "--assignments", "a1,a3"])
+    return tmp_path / "course"
+
+
+def environment(path):
+    return {"PATH": os.environ["PATH"], "PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@needs_solutions
+def test_a_hand_out_holds_no_solutions(handed):
+    """No instructor/, no text of a solution, no other assignment, no history."""
+    found = files(handed)
+    assert not [name for name in found if "instructor" in name or "solution" in name or ".git" in name]
+    assert {name[:2] for name in found if name[:1] == "a"} == {"a1", "a3"}
+    secret = [line.strip() for name in stubs.NAMES for region in stubs.REGION.finditer(solution(name))
+              for line in region[0].splitlines()[1:-1] if len(line.strip()) > 45]
+    everything = "\n".join(text.decode() for name, text in found.items() if name.startswith(("a1", "a3", "tutorials")))
+    assert len(secret) > 100 and not [line for line in secret if line in everything]
+
+
+def test_a_hand_out_needs_nothing_else(handed):
+    """Its public tests and its grader run from it alone, in a process that does not know this repository."""
+    for argv, said in ((["-m", "pytest", "-q", "-p", "no:cacheprovider", "test_public.py", "-k", "A1_4"], "not done yet: A1.4"),
+                       (["-m", "tutorials.grade", "."], "0 / 100")):
+        done = subprocess.run([sys.executable, *argv], cwd=handed / "a1", env=environment(handed), capture_output=True, text=True)
+        assert said in done.stdout and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+
+
+def test_handing_out_changes_nothing_here(tmp_path, monkeypatch):
+    """A student's work in the repository's own a1.py stays, whichever command copies (it was overwritten once)."""
+    work = stubs.HERE / "a1" / "a1.py"
+    copy = tmp_path / "assignments"
+    shutil.copytree(stubs.HERE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(stubs, "HERE", copy), monkeypatch.setattr(stubs, "SOLUTIONS", copy / "instructor")
+    (copy / "a1" / "a1.py").write_text(work.read_text() + "# my work\n")
+    before = files(copy)
+    stubs.main(["--to", str(tmp_path / "one")])
+    assert files(copy) == before
+    shutil.rmtree(copy / "instructor", ignore_errors=True)        # a FileNotFoundError once
+    stubs.main(["--to", str(tmp_path / "two")])
+    with pytest.raises(UserError, match="starters are written from solutions"):
+        stubs.main([])
+
+
+def test_work_is_not_overwritten(handed, tmp_path):
+    with pytest.raises(UserError, match="exists already"):
+        course.main(["--to", str(handed)])
+    with pytest.raises(UserError, match="--update is for a folder that --to has made"):
+        course.main(["--to", str(tmp_path / "nowhere"), "--update"])
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_late_change_of_one_assignment(handed, monkeypatch, capsys):
+    """Unchanged files are brought up to date; a student's own stays, with the new version beside it; a3 is not touched."""
+    folder = course.folder
+    (handed / "a1" / "a1.py").write_text("mine\n")
+    monkeypatch.setattr(course, "folder", lambda name: {k: v + b"\n# late\n" for k, v in folder(name).items()})
+    before = files(handed)
+    course.main(["--to", str(handed), "--assignments", "a1", "--update"])
+    after, printed = files(handed), capsys.readouterr().out
+    assert {k for k in after if after[k] != before.get(k)} == {"a1/README.md", "a1/test_public.py", "a1/a1.py.new", ".handout.json"}
+    assert after["a1/a1.py"] == b"mine\n" and after["a1/a1.py.new"].endswith(b"# late\n")
+    assert "updated  a1/README.md" in printed and "left     a1/a1.py: it has been changed" in printed
+    course.main(["--to", str(handed), "--update"])                # all that it holds
+    assert files(handed)["a3/README.md"].endswith(b"# late\n") and (handed / "a1" / "a1.py").read_text() == "mine\n"
+    assert not (handed / "a2").exists()
+
+
+def test_an_update_stays_inside(handed, tmp_path):
+    """A link in the folder does not lead the update out of it."""
+    outside = tmp_path / "outside.md"
+    outside.write_text("not yours")
+    (handed / "a1" / "README.md").unlink()
+    (handed / "a1" / "README.md").symlink_to(outside)
+    course.main(["--to", str(handed), "--update"])
+    assert outside.read_text() == "not yours"
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["--to", "x", "--assignments", "a9"], "no assignment a9"), (["--autograder", "a1.tar"], "ends in .zip"),
+    (["--autograder", "week1.zip"], "which assignment is week1.zip"), (["--try", "b1"], "no assignment b1")])
+def test_bad_input_is_one_sentence(argv, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=said):
+        course.main(argv)
+    assert not list(tmp_path.iterdir())
+
+
+def test_seed_of_a_file(tmp_path):
+    """The seed may come from a file; what is no number is one sentence."""
+    for text in ("", "x", "-1", "1.5"):
+        (tmp_path / "seed").write_text(text)
+        with pytest.raises(UserError, match="no file with one whole number"):
+            grade.main([str(tmp_path), "--assignments", "a1", "--seed-file", str(tmp_path / "seed")])
+
+
+# ---- Gradescope's zip
+
+
+@pytest.fixture(scope="module")
+def empty_environment(tmp_path_factory):
+    """A fresh virtual environment with what setup.sh installs, as links to the packages here, and nothing else."""
+    env = tmp_path_factory.mktemp("gradescope") / "env"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", env], check=True)
+    site, = env.glob("lib/python*/site-packages")
+    here = Path(torch.__file__).parents[1]
+    for name in ("torch", "torchgen", "functorch", "numpy", "numpy.libs", "safetensors", "tqdm", "typing_extensions.py", "sympy",
+                 "mpmath", "networkx", "jinja2", "markupsafe", "filelock", "fsspec", "nvidia", "triton", "setuptools"):
+        if (here / name).exists():
+            (site / name).symlink_to(here / name)
+    return env.parent
+
+
+@pytest.mark.slow
+@needs_solutions
+def test_gradescope(empty_environment, tmp_path):
+    """setup.sh tries the solution and removes it; run_autograder writes results.json for work, for none, and for a cheat."""
+    base = empty_environment
+    course.main(["--autograder", str(tmp_path / "a1.zip")])
+    with zipfile.ZipFile(tmp_path / "a1.zip") as packed:
+        assert {"setup.sh", "run_autograder", "seed"} <= set(packed.namelist())
+        assert all(packed.getinfo(n).external_attr >> 16 == 0o755 for n in ("setup.sh", "run_autograder"))
+        packed.extractall(base / "source")
+    env = {"PATH": os.environ["PATH"], "AUTOGRADER": str(base), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", base / "source" / "setup.sh"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "the solution earns 100" in done.stdout, done.stdout + done.stderr
+    assert not list((base / "source").rglob("solution.py"))
+    for text, score in ((solution("a1"), 100), (None, 0), ("from tutorials.assignments.instructor.a1.solution import *", 0)):
+        shutil.rmtree(base / "submission", ignore_errors=True)
+        (base / "submission").mkdir()
+        if text:
+            (base / "submission" / "a1.py").write_text(text)
+        subprocess.run(["bash", base / "source" / "run_autograder"], env=env, capture_output=True, text=True, cwd=tmp_path)
+        found = json.loads((base / "results" / "results.json").read_text())
+        assert found["score"] == score and found["stdout_visibility"] == "hidden", found
+        assert {t["number"] for t in found["tests"]} - {"staff"} == set(assignment("a1").tasks)
+        assert all(t["visibility"] == "hidden" and t["max_score"] == 0 for t in found["tests"] if t["number"] == "staff")
+    assert any("tutorials" in t["output"] for t in found["tests"] if t["number"] == "staff")
+
+
+# ---- submissions that want marks for nothing
+
+
+FRAME = b'{"done": null, "graph": [], "state": {}, "new": [], "rng": null, "fault": null}'
+SOCKETS = """import os, stat, struct
+def sockets():
+    for fd in range(3, 200):
+        try:
+            if stat.S_ISSOCK(os.fstat(fd).st_mode):
+                yield fd
+        except OSError:
+            pass
+"""
+CHEATS = {
+    "imports the solution": "from tutorials.assignments.instructor.a1.solution import *",
+    "runs the solution's file": f"exec(open({str(stubs.SOLUTIONS / 'a1' / 'solution.py')!r}).read())",
+    "looks for the solution from the grader's folder": """
+import os, glob
+for root in [f"/proc/{os.getppid()}/cwd", "/proc/1/cwd", "..", "../..", "/tmp", "/"]:
+    for path in glob.glob(root + "/**/instructor/a1/solution.py", recursive=True)[:1]:
+        exec(open(path).read())""",
+    "reads the library's environment for a way out": """
+import sys, nano_dmd
+from pathlib import Path
+for p in [*sys.path, str(Path(nano_dmd.__file__).parents[1])]:
+    if Path(p, "tutorials/assignments/instructor/a1/solution.py").exists():
+        exec(Path(p, "tutorials/assignments/instructor/a1/solution.py").read_text())""",
+    "replaces the checks": """
+import sys, types
+for name in ("tutorials", "tutorials.assignments", "tutorials.assignments.checking", "tutorials.assignments.a1.checks"):
+    sys.modules[name] = types.ModuleType(name)
+import tutorials.assignments.checking as c
+c.close = c.holds = c.tensor = lambda *a, **k: None""",
+    "replaces its side of the protocol": """
+import remote
+remote.Peer.answer = lambda self, got: dict(done=None, graph=[], node=0)""",
+    "answers before it is asked": SOCKETS + f"""
+for fd in sockets():
+    for _ in range(500):
+        os.write(fd, struct.pack(">Q", {len(FRAME)}) + {FRAME!r})""",
+    "garbage on the socket": SOCKETS + "for fd in sockets(): os.write(fd, os.urandom(4000))",
+    "no JSON on the socket": SOCKETS + "for fd in sockets(): os.write(fd, struct.pack('>Q', 9) + b'{not json')",
+    "deep JSON on the socket": SOCKETS + "for fd in sockets(): os.write(fd, struct.pack('>Q', 100_000) + b'[' * 100_000)",
+    "a message without an end": SOCKETS + "for fd in sockets(): os.write(fd, struct.pack('>Q', 2**62) + b'x')",
+    "a tensor of 8 TB": """
+import remote
+remote.Peer.answer = lambda self, got: dict(done={"tensor": ["float64", [10**6, 10**6], ""]}, graph=[], node=0)""",
+    "asks the grader for what is private": """
+import remote
+def answer(self, got):
+    for key in ("p0", "p1", "p2", "c0"):
+        for name in ("__globals__", "__class__", "checks", "_peer"):
+            self.send(dict(do="get", on=key, name=name))
+            self.receive()
+    return dict(done=None, graph=[], node=0)
+remote.Peer.answer = answer""",
+    "os._exit": "import os; os._exit(0)",
+    "SystemExit": "raise SystemExit(0)",
+    "BaseException": "raise BaseException('nobody catches me')",
+    "an endless loop at import": "while True: pass",
+    "a memory bomb": "x = [bytearray(10**9) for _ in range(200)]",
+    "huge output": "import sys\nwhile True: sys.stdout.write('x' * 10**6)",
+    "writes a neighbour's file": "open(NEIGHBOUR, 'w').write('raise SystemExit')",
+    "removes a neighbour's file": "import os; os.remove(NEIGHBOUR)",
+    "kills the grader": "import os, signal\nfor p in (os.getppid(), GRADER): os.kill(p, signal.SIGKILL)",
+    "reads the seed": """
+import glob, os
+for pid in [os.getppid(), GRADER, "self", *range(1, 300)]:
+    for name in ("cmdline", "environ", "mem"):
+        try:
+            print(pid, name, open(f"/proc/{pid}/{name}", "rb").read(10**6))
+        except (OSError, OverflowError):
+            pass""",
+    "replaces torch's comparisons": """
+import torch
+torch.allclose = torch.equal = torch.Tensor.__eq__ = torch.Tensor.isfinite = lambda *a, **k: True
+torch.Tensor.abs = lambda self: torch.zeros(())
+def __getattr__(name):
+    return lambda *a, **k: torch.zeros(12)""",
+    "equals everything": """
+class Yes(float):
+    __eq__ = __lt__ = __le__ = __gt__ = __ge__ = lambda *a: True
+    __hash__ = None
+    shape = property(lambda self: Yes())
+def __getattr__(name):
+    return lambda *a, **k: Yes()""",
+    "makes the question easy": """
+import torch
+def __getattr__(name):
+    def answer(*given, **named):
+        for t in given:
+            if isinstance(t, torch.Tensor):
+                t.data.zero_()
+        return given[0]
+    return answer""",
+    "a pickle": "class P:\n    def __reduce__(self): return (exit, ())\ndef __getattr__(name): return lambda *a, **k: P()",
+}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(isolated, "SECONDS", 2)
+
+
+WALLED = ("runs the solution's file", "looks for the solution from the grader's folder", "writes a neighbour's file",
+          "removes a neighbour's file", "kills the grader", "reads the seed", "reads the library's environment for a way out")
+
+
+@pytest.mark.parametrize("kind, kernel", [(kind, True) for kind in CHEATS] + [(kind, False) for kind in WALLED])
+def test_a_cheat_gets_nothing_and_harms_nobody(kind, kernel, tmp_path, quick, monkeypatch):
+    """No marks, no end of the grader, the neighbour's file as it was, the seed not seen."""
+    monkeypatch.setattr(isolated, "KERNEL", kernel)
+    neighbour = tmp_path / "neighbour" / "a1.py"
+    for path in (neighbour, tmp_path / "cheat" / "a1.py"):
+        path.parent.mkdir()
+    neighbour.write_text("honest = 1\n")
+    (tmp_path / "cheat" / "a1.py").write_text(f"NEIGHBOUR, GRADER = {str(neighbour)!r}, {os.getpid()}\n{CHEATS[kind]}\n")
+    for task in list(assignment("a1").tasks)[::3]:
+        answers, printed = run_task("a1", task, tmp_path / "cheat" / "a1.py", SEED)
+        assert len(answers) == len(assignment("a1").of(task)) and all(answers), answers
+        assert str(SEED) not in printed
+    assert neighbour.read_text() == "honest = 1\n"
+
+
+DAEMON = """
+import os, sys, time
+if not os.fork():
+    os.setsid()
+    if not os.fork():
+        print("still here:", os.getpid(), flush=True)
+        while True:
+            time.sleep(1)
+time.sleep(0.5)
+"""
+
+
+def test_what_a_task_leaves_running_is_ended(tmp_path, quick):
+    """A process in a session of its own too."""
+    (tmp_path / "a1.py").write_text(DAEMON)
+    _, printed = run_task("a1", "A1.4", tmp_path / "a1.py", SEED)
+    pid = int(printed.split("still here:")[1].split()[0])
+    with pytest.raises(ProcessLookupError):
+        for _ in range(50):
+            os.kill(pid, 0)
+            time.sleep(0.02)
+
+
+@needs_solutions
+def test_a_class_with_cheats_is_graded_to_the_end(tmp_path, quick, monkeypatch, capsys):
+    """grades.csv: who works gets the marks, in whatever company; odd lines are in the note."""
+    monkeypatch.setattr(isolated, "SECONDS", 4)
+    for i, kind in enumerate(("no JSON on the socket", "os._exit", "kills the grader", "imports the solution")):
+        (tmp_path / "class" / f"cheat{i}").mkdir(parents=True)
+        (tmp_path / "class" / f"cheat{i}" / "a1.py").write_text(f"NEIGHBOUR, GRADER = '', {os.getpid()}\n{CHEATS[kind]}\n")
+    for name, text in (("empty", None), ("work", solution("a1")), ("syntax", "def f(:\n")):
+        (tmp_path / "class" / name).mkdir()
+        if text:
+            (tmp_path / "class" / name / "a1.py").write_text(text)
+    (tmp_path / "seed").write_text(f"{SEED}\n")
+    grade.main([str(tmp_path / "class"), "--assignments", "a1", "--seed-file", str(tmp_path / "seed"),
+                "--csv", str(tmp_path / "grades.csv")])
+    rows = {row["student"]: row for row in csv.DictReader((tmp_path / "grades.csv").open(encoding="utf-8"))}
+    assert {name: float(row["total"]) for name, row in rows.items()} == {
+        "cheat0": 0, "cheat1": 0, "cheat2": 0, "cheat3": 0, "empty": 0, "work": 100, "syntax": 0}
+    assert rows["empty"]["note"] == "a1.py is missing" and rows["work"]["note"] == "" and "tutorials" in rows["cheat3"]["note"]
+    assert rows["work"]["A1.1"] == "25" and str(SEED) not in capsys.readouterr().out
+
+
+@needs_solutions
+def test_no_solution_looks_odd(tmp_path):
+    """What is reported to the staff does not point at honest work."""
+    for name in stubs.NAMES:
+        (tmp_path / f"{name}.py").write_text(solution(name))
+        assert grade.suspicious(tmp_path / f"{name}.py") == []
+
+
+def test_a_fault_of_the_grader_costs_one_task(tmp_path, monkeypatch):
+    """An error that nobody foresaw ends as a mark and a sentence."""
+    def broken(*args):
+        raise RuntimeError("unforeseen")
+    monkeypatch.setattr(grade, "run_task", broken)
+    (tmp_path / "a1.py").write_text("")
+    found = grade.grade("a1", tmp_path / "a1.py", 0)
+    assert [t["score"] for t in found] == [0] * 5 and "the grader failed here" in found[0]["output"]
