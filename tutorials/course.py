@@ -209,7 +209,8 @@ def main(argv=None):
         return attempt(chosen(args.attempt, []), 20260101)
     if args.to:
         to = Path(args.to)
-        known = [n for n in NAMES if f"{n}/README.md" in read_manifest(to)] if args.update and not args.assignments else list(NAMES)
+        held = read_manifest(to) if args.update else {f"{n}/README.md": "" for n in NAMES}
+        known = [n for n in NAMES if f"{n}/README.md" in held]
         said = hand_out(to, chosen(args.assignments, known), args.update)
         print("\n".join(said) if args.update else f"{to}: {len(said)} files" if said else "")
         return print("nothing has changed") if args.update and not said else None

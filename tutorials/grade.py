@@ -42,8 +42,8 @@ def grade_task(known, task, path, seed):
                 output="\n".join(lines))
 
 
-ODD_IMPORTS = {"tutorials", "instructor", "remote", "child", "ctypes", "subprocess", "socket", "signal", "multiprocessing", "importlib",
-               "inspect", "gc", "pickle", "builtins"}
+ODD_IMPORTS = {"tutorials", "instructor", "remote", "child", "ctypes", "subprocess", "socket", "signal", "multiprocessing",
+               "importlib", "inspect", "gc", "pickle", "builtins"}
 ODD_NAMES = {"exec", "eval", "compile", "open", "__import__", "globals", "vars"}
 ODD_ATTRIBUTES = {"fork", "kill", "killpg", "system", "_exit", "setsid", "_getframe", "settrace", "__globals__", "__subclasses__",
                   "__closure__", "__code__", "__dict__", "__reduce__"}
@@ -84,8 +84,8 @@ def results(tests, seconds, hidden, odd=()):
     shown = [dict(t, status="passed" if t["score"] == t["max_score"] else "failed", visibility="visible",
                   output="hidden test: see the public ones for what is asked" if hidden else t["output"]) for t in tests]
     if odd:
-        shown.append(dict(number="staff", name="look at these lines", score=0, max_score=0, output="\n".join(odd), status="passed",
-                          visibility="hidden"))
+        shown.append(dict(number="staff", name="look at these lines", score=0, max_score=0, output="\n".join(odd),
+                          status="passed", visibility="hidden"))
     return dict(score=sum(t["score"] for t in tests), execution_time=round(seconds), visibility="visible",
                 stdout_visibility="hidden", tests=shown)
 

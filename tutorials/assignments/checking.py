@@ -8,8 +8,9 @@
         x = torch.tensor([0.3 * c.scale])
         close(student.laplace_score(-x, c.scale), -student.laplace_score(x, c.scale), "score(-x)")
 
-A check gets the student's module (when graded: a stand-in for it, remote.py) and the constants, passes by returning and fails by raising; its docstring is its
-title. Students may read all of this: hidden tests are the same checks at the constants of another seed.
+A check gets the student's module (when graded, a stand-in for it: remote.py) and the constants, passes by returning and
+fails by raising; its docstring is its title. Students may read all of this: hidden tests are the same checks at the constants
+of another seed.
 """
 
 import random

@@ -95,12 +95,12 @@ def audit(work, readable):
     def hook(event, args):
         if event in ("os.kill", "os.killpg", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "ctypes.dlopen"):
             raise PermissionError(f"{event} is not for submissions")
-        if event in ("open", "os.listdir", "os.scandir", "os.remove", "os.rename", "os.mkdir", "os.chmod", "os.symlink", "os.link",
-                     "os.truncate"):
+        if event in ("open", "os.listdir", "os.scandir", "os.remove", "os.rename", "os.mkdir", "os.chmod", "os.symlink",
+                     "os.link", "os.truncate"):
             for path in [a for a in args[:2] if isinstance(a, (str, bytes)) and (event != "open" or a is args[0])]:
                 where = os.path.realpath(os.fsdecode(path))
                 reads = event in ("os.listdir", "os.scandir") or event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR)
-                if not where.startswith(inside + below if reads else inside):
+                if not any(where == p or where.startswith(p + os.sep) for p in inside + below * reads):
                     raise PermissionError(f"{event} of {where} is not for submissions")
     sys.addaudithook(hook)
 

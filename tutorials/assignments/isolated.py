@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 LIBRARY = ("nano_dmd", "toy", "tutorials/assignments/child.py", "tutorials/assignments/remote.py")
 OUTPUT = 200_000                                                  # bytes that a task may print, and of a file it may write
 SECONDS = None                                                    # replaces every assignment's own limit, for tests
-KERNEL = True                                                     # False: Python's own wall even where the kernel has one, for tests
+KERNEL = True                                                     # False: Python's own wall alone, for tests
 
 
 def assignment(name):
@@ -99,8 +99,8 @@ class Helper:
         shutil.rmtree(self.library, ignore_errors=True)
 
 
-READABLE = ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib", "/lib64", "/usr/share", "/etc/localtime", "/etc/fonts", "/dev/urandom",
-            "/proc/cpuinfo", "/sys/devices/system/cpu", "/System", "/Library")
+READABLE = ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib", "/lib64", "/usr/share", "/etc/localtime", "/etc/fonts",
+            "/dev/urandom", "/proc/cpuinfo", "/sys/devices/system/cpu", "/System", "/Library")
 helper = None
 
 

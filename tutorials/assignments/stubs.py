@@ -3,7 +3,9 @@
     python -m tutorials.assignments.stubs              write every starter from its solution
     python -m tutorials.assignments.stubs --to DIR     copy texts, starters and public tests as they are to DIR
 
-A whole hand-out, with the grader, comes from `python -m tutorials.course --to DIR`.  In a solution, the lines between "### BEGIN SOLUTION A1.2" and "### END SOLUTION" become one that raises
+A whole hand-out, with the grader, comes from `python -m tutorials.course --to DIR`.
+
+In a solution, the lines between "### BEGIN SOLUTION A1.2" and "### END SOLUTION" become one that raises
 NotImplementedError naming the task; signatures, docstrings and everything else stay as they are.
 """
 

@@ -271,16 +271,16 @@ def what_the_game_takes(student, c):
     """The gradient of the game is predicted from the parts, for SiD at three values of alpha and for two other games."""
     case = ellipses(c)
     frozen = Posterior(case.b, case.A @ case.A.T)
-    for of, pair in (("SiD at alpha 0", (0.5, 0.5)), ("SiD at alpha 1/2", (0.5, 0.0)), ("SiD at a large alpha", (0.5, 0.5 - c.alpha)),
-                     ("a game", (c.share, c.shift)), ("L1 alone", (0.0, c.wide))):
+    for of, pair in (("SiD at alpha 0", (0.5, 0.5)), ("SiD at alpha 1/2", (0.5, 0.0)),
+                     ("SiD at a large alpha", (0.5, 0.5 - c.alpha)), ("a game", (c.share, c.shift)), ("L1 alone", (0.0, c.wide))):
         moving = case.A.clone().requires_grad_()
         x = case.z @ moving.T + case.b
         xt = add_noise(x, case.sigma, case.noise)
         d_real, d_fake = case.real(xt, case.sigma), frozen(xt, case.sigma)
         loss = pair[0] * ((d_real - x) ** 2 - (d_fake - x) ** 2) + pair[1] * (d_real - d_fake) ** 2
         want = torch.autograd.grad(case.weights @ loss.sum(1), moving)[0]
-        close(student.game_from_parts(*closed_parts(case), *pair), want, f"the gradient of {of}, c = {pair[0]:.3g}, k = {pair[1]:.3g}",
-              atol=1e-10, hint="which alpha and which factor of SiD is this game? Which part of its gradient is lost by holding "
+        close(student.game_from_parts(*closed_parts(case), *pair), want,
+              f"the gradient of {of}, c = {pair[0]:.3g}, k = {pair[1]:.3g}", atol=1e-10, hint="which alpha and which factor of SiD is this game? Which part of its gradient is lost by holding "
               "the fake score?")
 
 
@@ -431,8 +431,8 @@ def slope(student, c):
     levels = (*c.sigmas, c.wide)
     for a, alpha, own in product((0.2 * c.s, c.s, 1.7 * c.s, 6.0 * c.s), (-c.wide, 0.0, 0.5, 1.0, c.alpha), (0.0, c.own)):
         want = float(np.mean([measured_slope(a, c.s, level, alpha, own) for level in levels]))
-        close(student.sid_slope(a, c.s, float64(*levels), alpha, own), want, f"slope at a = {a:.3g}, alpha {alpha:.3g}, own {own:.3g}",
-              atol=1e-10, hint="the fake denoiser f xt has f of the generator's present variance, and f is not differentiated")
+        close(student.sid_slope(a, c.s, float64(*levels), alpha, own), want,
+              f"slope at a = {a:.3g}, alpha {alpha:.3g}, own {own:.3g}", atol=1e-10, hint="the fake denoiser f xt has f of the generator's present variance, and f is not differentiated")
 
 
 def walls(low, high, s, sigma, alpha, own):
@@ -452,8 +452,8 @@ def walls(low, high, s, sigma, alpha, own):
 def ends(student, s, sigma, alpha, own):
     low, high = (float(v) for v in student.basin(s, sigma, alpha, own))
     goal = math.sqrt(s**2 - own**2)
-    holds(0 <= low < goal < high, f"at alpha {alpha:.3g}, own {own:.3g} the basin ({low:.4g}, {high:.4g}) should hold {goal:.4g}, "
-          "low >= 0")
+    holds(0 <= low < goal < high, f"at alpha {alpha:.3g}, own {own:.3g} the basin ({low:.4g}, {high:.4g}) should hold "
+          f"{goal:.4g}, low >= 0")
     walls(low, high, s, sigma, alpha, own)
     return low, high
 
