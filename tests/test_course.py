@@ -350,6 +350,20 @@ def test_a_class_with_cheats_is_graded_to_the_end(tmp_path, quick, monkeypatch, 
     assert rows["work"]["A1.1"] == "25" and str(SEED) not in capsys.readouterr().out
 
 
+def test_a_link_is_no_submission(tmp_path):
+    """It could lead to the solution, or to a neighbour's file; so could a helper's."""
+    (tmp_path / "other.py").write_text("SECRET = 1\n")
+    (tmp_path / "me").mkdir()
+    (tmp_path / "me" / "a1.py").symlink_to(tmp_path / "other.py")
+    assert grade.find(tmp_path / "me", ["a1"]) == {}
+    (tmp_path / "me" / "a1.py").unlink()
+    (tmp_path / "me" / "a1.py").write_text("from helper import *\n")
+    (tmp_path / "me" / "helper.py").symlink_to(tmp_path / "other.py")
+    (tmp_path / "me" / "folder.py").mkdir()
+    answers, _ = run_task("a1", "A1.4", tmp_path / "me" / "a1.py", SEED)
+    assert all("No module named 'helper'" in why for why in answers)
+
+
 @needs_solutions
 def test_no_solution_looks_odd(tmp_path):
     """What is reported to the staff does not point at honest work."""

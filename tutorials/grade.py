@@ -75,8 +75,8 @@ def find(folder, names):
         raise UserError(f"no folder {folder}; give one that holds a1.py or another assignment's file")
     if unknown := set(names) - set(NAMES):
         raise UserError(f"no assignment {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
-    files = {name: Path(folder, f"{name}.py").resolve() for name in names}
-    return {name: path for name, path in files.items() if path.is_file()}
+    files = {name: Path(folder).resolve() / f"{name}.py" for name in names}
+    return {name: path for name, path in files.items() if path.is_file() and not path.is_symlink()}      # a link may lead anywhere
 
 
 def results(tests, seconds, hidden, odd=()):
@@ -114,7 +114,7 @@ def table(folder, names, seed, out):
         for student in students:
             found, odd = marks(student, names, seed)
             score = {t["number"]: t["score"] for tests in found.values() for t in tests}
-            missing = [f"{name}.py is missing" for name in names if not (student / f"{name}.py").is_file()]
+            missing = [f"{name}.py is missing" for name in names if name not in find(student, names)]
             row = [f"{score[task]:g}" for task in tasks]
             writer.writerow([student.name, *row, f"{sum(score.values()):g}", "; ".join([*missing, *odd])])
             file.flush()                                          # an interrupted run keeps what it has
