@@ -76,7 +76,7 @@ def find(folder, names):
     if unknown := set(names) - set(NAMES):
         raise UserError(f"no assignment {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
     files = {name: Path(folder).resolve() / f"{name}.py" for name in names}
-    return {name: path for name, path in files.items() if path.is_file() and not path.is_symlink()}      # a link may lead anywhere
+    return {name: path for name, path in files.items() if path.is_file() and not path.is_symlink()}     # a link may lead anywhere
 
 
 def results(tests, seconds, hidden, odd=()):

@@ -280,7 +280,8 @@ def what_the_game_takes(student, c):
         loss = pair[0] * ((d_real - x) ** 2 - (d_fake - x) ** 2) + pair[1] * (d_real - d_fake) ** 2
         want = torch.autograd.grad(case.weights @ loss.sum(1), moving)[0]
         close(student.game_from_parts(*closed_parts(case), *pair), want,
-              f"the gradient of {of}, c = {pair[0]:.3g}, k = {pair[1]:.3g}", atol=1e-10, hint="which alpha and which factor of SiD is this game? Which part of its gradient is lost by holding "
+              f"the gradient of {of}, c = {pair[0]:.3g}, k = {pair[1]:.3g}", atol=1e-10,
+              hint="which alpha and which factor of SiD is this game? Which part of its gradient is lost by holding "
               "the fake score?")
 
 
@@ -432,7 +433,8 @@ def slope(student, c):
     for a, alpha, own in product((0.2 * c.s, c.s, 1.7 * c.s, 6.0 * c.s), (-c.wide, 0.0, 0.5, 1.0, c.alpha), (0.0, c.own)):
         want = float(np.mean([measured_slope(a, c.s, level, alpha, own) for level in levels]))
         close(student.sid_slope(a, c.s, float64(*levels), alpha, own), want,
-              f"slope at a = {a:.3g}, alpha {alpha:.3g}, own {own:.3g}", atol=1e-10, hint="the fake denoiser f xt has f of the generator's present variance, and f is not differentiated")
+              f"slope at a = {a:.3g}, alpha {alpha:.3g}, own {own:.3g}", atol=1e-10,
+              hint="the fake denoiser f xt has f of the generator's present variance, and f is not differentiated")
 
 
 def walls(low, high, s, sigma, alpha, own):
