@@ -51,8 +51,7 @@ PRESETS |= {
     "digits-sid": dict(steps=440, critic_steps=2, lr_generator=5e-4, lr_critic=1.5e-3),
     "digits-diff_instruct": dict(steps=600),
     "digits-regression": dict(steps=500, lr_generator=1.5e-3),
-    "digits-f_distill": dict(
-        steps=350, critic_steps=2, w_gan=0.1, w_disc=0.03, divergence="kl"),
+    "digits-f_distill": dict(steps=350, critic_steps=2, w_gan=0.1, w_disc=0.03, divergence="kl"),
     "digits-decoupled": dict(steps=500, critic_steps=2, guidance=1.5),
     "digits-sim": dict(
         steps=440, critic_steps=2, lr_generator=3e-4, lr_critic=1.5e-3, decay_from=0.2),
