@@ -6,6 +6,7 @@ It loads torch once, then forks for each task.  The fork shuts itself in (guard)
 through a socket of its own.  When the task is over, everything that it has started is killed, whatever its session.
 """
 
+import builtins
 import contextlib
 import ctypes
 import importlib.util
@@ -143,6 +144,7 @@ def child(channel, output, task):
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0), os.dup2(output, 1), os.dup2(output, 2)
     sys.stdout.reconfigure(line_buffering=True)                   # what is printed before a kill is not lost
+    builtins.exit = builtins.quit = sys.exit                      # they come with site, which -S leaves out
     os.environ.update(HOME=task["work"], TMPDIR=task["work"])
     limit(task["seconds"], task["mebibytes"], task["output"])
     guard(task["work"], task["readable"], task["kernel"])
