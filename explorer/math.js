@@ -285,6 +285,18 @@ const METHODS = {
   },
 };
 
+/** An empty look: a sample x, its xt, what everybody answers there, and ln r. */
+const new_look = () => ({ x: [0, 0], xt: [0, 0], sigma: 0, real: answer(), cond: answer(),
+  uncond: answer(), fake: answer(), data: answer(), logit: 0 });
+
+/** Puts x = particle i + h own, xt = x + sigma noise into a look; own and noise at their row. */
+function sample_at(look, particles, i, own, noise, row, h, sigma) {
+  for (let k = 0; k < 2; k++) {
+    look.x[k] = particles[2 * i + k] + h * own[2 * row + k];
+    look.xt[k] = look.x[k] + sigma * noise[2 * row + k];
+  }
+}
+
 /** The gradient at every particle, averaged over noises: what the page draws and play descends.
  *
  *     x = particle + h * own,     xt = x + sigma_j * noise         (own, noise: unit normal, fixed)
@@ -295,8 +307,7 @@ const METHODS = {
  */
 function gradients(particles, teacher, data, fake, own, noise, sigmas, cfg) {
   const n = particles.length / 2, J = sigmas.length, method = METHODS[cfg.method];
-  const look = { x: [0, 0], xt: [0, 0], sigma: 0, real: answer(), cond: answer(), uncond: answer(),
-    fake: answer(), data: answer(), logit: 0 };
+  const look = new_look();
   const parts = new Float64Array(4 * n * J), losses = new Float64Array(n * J);
   const logits = new Float64Array(n * J), a = new Float64Array(2), b = new Float64Array(2);
   let mesm = 0;
@@ -304,10 +315,7 @@ function gradients(particles, teacher, data, fake, own, noise, sigmas, cfg) {
     const at = look_at(teacher, data, fake, sigmas[j], cfg);
     for (let i = 0; i < n; i++) {
       const row = j * n + i;
-      for (let k = 0; k < 2; k++) {
-        look.x[k] = particles[2 * i + k] + cfg.h * own[2 * row + k];
-        look.xt[k] = look.x[k] + sigmas[j] * noise[2 * row + k];
-      }
+      sample_at(look, particles, i, own, noise, row, cfg.h, sigmas[j]);
       at(look);
       losses[row] = method(look, cfg, a, b);
       logits[row] = look.logit;
@@ -376,5 +384,5 @@ function kl(particles, real, own, h, cond = -1) {
 const nano = { normals, antithetic, karras, mixture, kernels, noised, exp_below_0, log_prob,
   denoise, answer, guided, score, normaliser, dmd_gradient, sid_integrand, sid_gradient,
   augmentation_gradient, generator_logit_loss, gan_gradient, WEIGHTS, sample_weights, METHODS,
-  gradients, look_at, kl, class_share };
+  new_look, sample_at, gradients, look_at, kl, class_share };
 if (typeof module !== "undefined") module.exports = nano;

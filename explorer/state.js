@@ -75,13 +75,8 @@ function evaluate(world) {
 
 /** One particle as the first draw sees it: x, xt, and all answers there. */
 function inspect(world, seen, i) {
-  const { cfg, x } = world, sigma = sigmas(cfg)[0];
-  const look = { x: [0, 0], xt: [0, 0], real: M.answer(), cond: M.answer(), uncond: M.answer(),
-    fake: M.answer(), data: M.answer(), logit: 0, sigma };
-  for (let k = 0; k < 2; k++) {
-    look.x[k] = x[2 * i + k] + cfg.h * seen.own[2 * i + k];
-    look.xt[k] = look.x[k] + sigma * seen.noise[2 * i + k];
-  }
+  const { cfg, x } = world, sigma = sigmas(cfg)[0], look = M.new_look();
+  M.sample_at(look, x, i, seen.own, seen.noise, i, cfg.h, sigma);
   M.look_at(seen.teacher, seen.data, seen.fake, sigma, seen.settings)(look);
   return look;
 }

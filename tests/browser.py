@@ -98,8 +98,7 @@ class Page:
 
     def mouse(self, kind, x, y, clicks=1):
         """kind: Pressed, Moved or Released, at a place in CSS pixels."""
-        held = {"button": "left", "buttons": 1} if kind != "Moved" else {"button": "left", "buttons": 1}
-        self.call("Input.dispatchMouseEvent", type=f"mouse{kind}", x=x, y=y, clickCount=clicks, **held)
+        self.call("Input.dispatchMouseEvent", type=f"mouse{kind}", x=x, y=y, clickCount=clicks, button="left", buttons=1)
 
     def drag(self, start, end, touch=False):
         """Press at start, go to end in five moves, let go: with the mouse or with a finger."""

@@ -8,24 +8,19 @@ import subprocess
 import sys
 import time
 import zipfile
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
 from nano_dmd.engine.files import UserError
+from test_assignments import needs_solutions, solution
 from tutorials import course, grade
 from tutorials.assignments import isolated, stubs
 from tutorials.assignments.isolated import assignment, run_task
 
 ROOT = Path(__file__).parents[1]
 SEED = 31415926535
-needs_solutions = pytest.mark.skipif(not stubs.SOLUTIONS.is_dir(), reason="tutorials/assignments/instructor/ is not in this tree")
-
-
-def solution(name):
-    return import_module("tutorials.assignments.instructor").solution(name)
 
 
 # ---- the hand-out

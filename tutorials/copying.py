@@ -6,9 +6,9 @@ Each argument names a data set and the folder of its nano_dmd.compare. A line is
 standard deviation. Flags of a row do not matter: the first row of a method counts.
 """
 
-import argparse
 from pathlib import Path
 
+from nano_dmd.engine.config import parser
 from nano_dmd.engine.files import UserError, command, read_json
 from nano_dmd.plot import COLOURS, FORMATS, STYLES, figure, save_figure
 
@@ -41,7 +41,7 @@ def draw(names, columns):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="python -m tutorials.copying", description=__doc__.splitlines()[0])
+    p = parser("python -m tutorials.copying", __doc__)
     p.add_argument("picture", type=Path, help="file to write: " + ", ".join(FORMATS))
     p.add_argument("sets", nargs="+", metavar="NAME=FOLDER", help="a data set and its folder of nano_dmd.compare")
     args = p.parse_args(argv)

@@ -9,20 +9,19 @@ A hand-out is a folder without history and without solutions: library, grader, a
 and public tests.  A whole class is graded by python -m tutorials.grade FOLDER --csv grades.csv.
 """
 
-import hashlib
-import json
 import re
 import secrets
 import zipfile
 from pathlib import Path
 
+from nano_dmd.engine.cache import digest
 from nano_dmd.engine.config import number, parser
-from nano_dmd.engine.files import UserError, command
+from nano_dmd.engine.files import UserError, command, read_json, write_atomic, write_json
 from tutorials import grade
-from tutorials.assignments.stubs import HERE, NAMES, SOLUTIONS
+from tutorials.assignments.stubs import HERE, NAMES, PUBLIC, SOLUTIONS
 
 ROOT = HERE.parents[1]
-MANIFEST = ".handout.json"                                        # {file: the hash of what was handed out}
+MANIFEST = ".handout.json"                                        # {file: the digest of what was handed out}
 COMMON = ("LICENSE", "nano_dmd/**/*.py", "nano_dmd/assets/*", "toy/*.py", "tutorials/__init__.py", "tutorials/grade.py",
           "tutorials/assignments/*.py")
 
@@ -92,14 +91,10 @@ def checks(name):
 
 def folder(name):
     """{file: bytes} of what a student sees of an assignment."""
-    return {f"{name}/{file}": (HERE / name / file).read_bytes() for file in ("README.md", f"{name}.py", "test_public.py")}
+    return {f"{name}/{file}": (HERE / name / file).read_bytes() for file in (f.format(name=name) for f in PUBLIC)}
 
 
 # ---- the hand-out
-
-
-def digest(content):
-    return hashlib.sha256(content).hexdigest()
 
 
 def hand_out(to, names, update):
@@ -113,17 +108,14 @@ def hand_out(to, names, update):
     if not update or set(names) >= {n for n in NAMES if f"{n}/README.md" in manifest}:
         files |= library() | {"README.md": START.format(name=names[0], upper=names[0].upper()).encode()}
     said = [bring(to, name, content, manifest) for name, content in sorted(files.items())]
-    write(to / MANIFEST, (json.dumps(manifest, indent=0) + "\n").encode())
+    write_json(to / MANIFEST, manifest)
     return [line for line in said if line]
 
 
 def read_manifest(to):
     try:
-        found = json.loads((to / MANIFEST).read_text(encoding="utf-8"))
-        if not all(isinstance(v, str) for v in found.values()):
-            raise ValueError
-        return found
-    except (OSError, ValueError, AttributeError) as e:
+        return read_json(to / MANIFEST, {str: str})
+    except (OSError, UserError) as e:
         raise UserError(f"{to} has no readable {MANIFEST}: --update is for a folder that --to has made") from e
 
 
@@ -135,19 +127,14 @@ def bring(to, name, content, manifest):
     if path.exists() and path.is_file() and (now := digest(path.read_bytes())) != manifest.get(name) and now != new:
         if manifest.get(name) == new:
             return None                                           # a student's work, and nothing new to bring
-        write(path.with_name(path.name + ".new"), content)
+        write_atomic(path.with_name(path.name + ".new"), content)
         return f"left     {name}: it has been changed; the new version is {name}.new"
     known, before = manifest.get(name), path.exists()
     manifest[name] = new
     if before and known == new:
         return None
-    write(path, content)
+    write_atomic(path, content)
     return f"{'updated' if before else 'new':8} {name}"
-
-
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
 
 
 # ---- the autograder

@@ -16,14 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from importlib import import_module
 from pathlib import Path
 
 import torch
 
 from tutorials.assignments.child import load, read_exactly                            # noqa: F401, load is for public.py
-from tutorials.assignments.remote import LARGEST, Broken, Peer, Remote
+from tutorials.assignments.remote import LARGEST, Broken, Peer, Remote, describe
 
 HERE = Path(__file__).parent
 LIBRARY = ("nano_dmd", "toy", "tutorials/assignments/child.py", "tutorials/assignments/remote.py")
@@ -38,17 +37,15 @@ def assignment(name):
 
 def explain(error, path):
     """One or two lines that a student can act on."""
-    kind = getattr(error, "kind", type(error).__name__)
+    kind, text, line = describe(error, str(path))
     if isinstance(error, NotImplementedError):
         return f"not done yet: {error}"
     if isinstance(error, AssertionError):
         return str(error) or "an assertion without a message failed"
     if kind == "SystemExit":
         return "the code called exit(); a function returns its result instead"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
-    line = getattr(error, "line", None) or getattr(error, "lineno", None) or (lines and lines[-1])
     where = f" at {path.name} line {line}" if line else ""
-    return f"{kind}{where}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
+    return f"{kind}{where}: {(text.strip() or 'no message').splitlines()[0][:200]}"
 
 
 # ---- the process that forks a child for each task

@@ -347,10 +347,10 @@ class Peer:
             self.used.add(self.keys[id(t)])
             return self.keys[id(t)]
         others = [u for k, u in self.tensors.items() if u.requires_grad and k not in self.linked]
-        made_from, key = sources(t, others), self.number(t)
+        made_from, key, now = sources(t, others), self.number(t), state(t)
         self.nodes.append((made_from, [t]))
-        self.new.append([key, state(t), isinstance(t, nn.Parameter), [self.keys[id(u)] for u in made_from], len(self.nodes) - 1])
-        self.tensors[key], self.last[key] = t, state(t)
+        self.new.append([key, now, isinstance(t, nn.Parameter), [self.keys[id(u)] for u in made_from], len(self.nodes) - 1])
+        self.tensors[key], self.last[key] = t, now
         self.used.add(key)
         if made_from:
             self.linked.add(key)
