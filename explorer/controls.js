@@ -13,7 +13,7 @@ const CONTROLS = {
         dmd2: "DMD2 = DMD + GAN", f_distill: "f-distill", decoupled: "Decoupled DMD" }],
     ["normalise", "Normaliser", "Divides by mean |x - d_real|: points close to data keep moving.",
       "check", is("dmd", "dmd2", "sid")],
-    ["alpha", "alpha", "SiD's mix: 1/2 descends half its divergence, 1 leaves out a part.",
+    ["alpha", "alpha", "1/2 descends half the Fisher divergence; 1 leaves out a part of it.",
       "range", [-0.5, 2, 0.05], is("sid")],
     ["divergence", "Divergence", "What weight h(r) a point gets; r = p_real / p_fake.", "select",
       { rkl: "reverse KL, h = 1", kl: "forward KL, h = r", js: "Jensen-Shannon, r/(r+1)",

@@ -32,13 +32,16 @@ const to_pixel = (v, axis, w, extent) => ((axis ? extent - v : v + extent) * w) 
 const to_data = (p, axis, w, extent) =>
   axis ? extent - (p * 2 * extent) / w : (p * 2 * extent) / w - extent;
 
+/** So many modes that each is drawn small. */
+const crowded = (modes) => modes.length > 30;
+
 let heat = { key: "", canvas: null };
 
 /** The clean density of the modes, in shades of REAL; made again only when they change. */
 function density(modes, extent) {
   const key = JSON.stringify([modes, extent]);
   if (heat.key === key) return heat.canvas;
-  const size = modes.length > 30 ? 110 : 170,
+  const size = crowded(modes) ? 110 : 170,
     p = noised(mixture(modes), 0.015);
   const canvas = document.createElement("canvas");
   canvas.width = canvas.height = size;
@@ -251,7 +254,7 @@ function draw_plane(canvas, world, seen, extent) {
 
 function draw_modes(c, cfg, modes, w, extent) {
   const total = modes.reduce((sum, mode) => sum + mode.weight, 0),
-    many = modes.length > 30;
+    many = crowded(modes);
   modes.forEach((mode, m) => {
     const x = to_pixel(mode.x, 0, w, extent),
       y = to_pixel(mode.y, 1, w, extent);
@@ -270,7 +273,8 @@ function draw_modes(c, cfg, modes, w, extent) {
       c.fillStyle = REAL;
       c.textAlign = "center";
       const away = Math.hypot(x - w / 2, y - w / 2),
-        far = (radius + 20) / away; // outwards
+        beside = (14 * Math.abs(x - w / 2)) / away,
+        far = (radius + 20 + beside) / away; // outwards; the text is wider than high
       const [u, v] = away > 10 ? [far * (x - w / 2), far * (y - w / 2)] : [0, -radius - 20];
       c.fillText(`${+((100 * mode.weight) / total).toPrecision(3)} %`, x + u, y + v + 5);
     }

@@ -2,7 +2,6 @@
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-const many = () => world.modes.length > 30;
 
 // ---- the world and what has been seen of it
 
@@ -181,15 +180,10 @@ function once() {
   if (!seen || (dirty && !playing)) look();        // while playing, what was seen last is enough
   take_step(world, seen);
   look();
-  const h = curve;
-  for (const [key, value] of [
-    ["step", world.step],
-    ["loss", seen.loss],
-    ["kl", seen.kl],
-    ["kl_teacher", seen.kl_teacher],
-  ])
-    h[key].push(value);
-  if (h.step.length > 800) for (const key in h) h[key] = h[key].filter((_, k) => k % 2 === 0);
+  const now = { step: world.step, ...seen };
+  for (const key in curve) curve[key].push(now[key]);
+  if (curve.step.length > 800)
+    for (const key in curve) curve[key] = curve[key].filter((_, k) => k % 2 === 0);
 }
 
 function frame(now) {
@@ -335,7 +329,7 @@ function listen() {
     const mode = nearest(
       world.modes.map((m) => [m.x, m.y]),
       where,
-      many() ? reach / 2 : reach,
+      crowded(world.modes) ? reach / 2 : reach,
     );
     if (mode >= 0) {
       held = mode;
@@ -403,11 +397,10 @@ function key_pressed(key, far) {
     n: to("particle", (cfg.particle + 1) % cfg.n),
     Escape: to("particle", -1),
   };
+  const action = actions[key.length === 1 ? key.toLowerCase() : key];
   if (key in moves) move_mode(mode.x + moves[key][0], mode.y + moves[key][1]);
-  else if (actions[key.length === 1 ? key.toLowerCase() : key])
-    actions[key.length === 1 ? key.toLowerCase() : key]();
-  else return false;
-  return true;
+  else if (action) action();
+  return key in moves || Boolean(action);
 }
 
 function share() {
