@@ -27,6 +27,7 @@ from nano_dmd.denoiser import EDM, FromFlow, edm_loss
 from nano_dmd.dmd_loss import diff_instruct_loss, dmd_gradient, dmd_loss, regression_loss
 from nano_dmd.engine.build import build
 from nano_dmd.engine.config import resolve
+from nano_dmd.engine.diagnostics import LEVELS, gaps
 from nano_dmd.engine.draw import Batch, Draw
 from nano_dmd.engine.files import save_checkpoint
 from nano_dmd.engine.runs import state
@@ -279,6 +280,17 @@ def test_sid_gradient():
         r, f = ratios(s, a, sigma)
         gradient = gaussian(sid_loss, s, a, sigma, alpha=alpha, normalise=False)[1]
         assert_close(gradient, tensor(2 * a * (r - f) * (r - 1 - alpha * (r - f)))[0], **EXACT)
+
+
+def test_logged_gaps_by_hand():
+    """mesm = w (d_real - d_fake)^2 and fake_loss = w (d_fake - x)^2 at each level, w = 1/sigma^2 + 1/sd^2.
+
+    d_real = .3, d_fake = -.1, x = .5 and .1, sd = .5: .16 w, and (.36 + .04) / 2 w.
+    """
+    nets = SimpleNamespace(real=lambda xt, sigma, cond: 0 * xt + 0.3, fake=lambda xt, sigma, cond: 0 * xt - 0.1, sigma_data=0.5)
+    for level, mesm, fake_loss in zip(LEVELS, *gaps(tensor([0.5, 0.1]), nets, None), strict=True):
+        w = 1 / level**2 + 4
+        assert_close(torch.stack([mesm, fake_loss]), tensor(0.16 * w, 0.2 * w), **EXACT)
 
 
 def test_sid_gradient_is_two_halves_of_mesm():

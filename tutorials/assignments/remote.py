@@ -51,7 +51,7 @@ def state(t):
 
 
 def within(thing, seen):
-    """Tensors with gradients that a function, a module or an object of a check can reach."""
+    """All tensors with requires_grad inside a thing that a check passes: a function, a module or an object."""
     if id(thing) in seen or isinstance(thing, (str, type, types.ModuleType, Remote, RemoteModule, Peer)):
         return
     seen[id(thing)] = thing
@@ -197,7 +197,7 @@ class Peer:
         return self.result(self.ask(dict(do="get", on=key, name=name)), [])
 
     def result(self, reply, inputs):
-        """What a reply holds; its tensors with a graph become outputs of a Node on the inputs."""
+        """What a reply holds.  Tensors that carry a graph become outputs of a Node; its inputs are `inputs`."""
         if self.fault and self.me == "p":
             raise AssertionError(str(self.fault)[:200])
         if "raised" in reply:
@@ -280,7 +280,7 @@ class Peer:
         return self.introduce(value, graph)
 
     def introduce(self, value, graph):
-        """The description of a function, an object or a module that the other side has not met; it stays here."""
+        """Describe a function, an object or a module that the other side does not know yet.  The thing itself stays here."""
         for t in within(value, {}) if self.me == "p" else ():
             self.declare(t)
         key, module = self.number(value), None
