@@ -81,15 +81,13 @@ def flags_of(cfg, settings):
 def last_words(done):
     """Why a process failed: its own sentence, the signal that killed it, or its exit code."""
     if done.returncode < 0:
-        names = {s.value: s.name for s in signal.Signals}
-        name = names.get(-done.returncode, "unknown")
+        name = {s.value: s.name for s in signal.Signals}.get(-done.returncode, "unknown")
         full = ": the memory may have been full" if name == "SIGKILL" else ""
         return f"was killed by signal {-done.returncode} ({name}){full}"
     lines = done.stderr.strip().splitlines() or ["it said nothing"]
     said = [line for line in lines if line.startswith("error: ")]
-    if said:
-        return f"failed: {said[-1]}"
-    return f"ended with exit code {done.returncode}: {lines[-1]:.200}"
+    ended = f"ended with exit code {done.returncode}: {lines[-1]:.200}"
+    return f"failed: {said[-1]}" if said else ended
 
 
 def teacher_of(cfg):

@@ -38,7 +38,8 @@ POINTS = ("sw2", "in3", "modes", "weight_error")
 def measure(sample, data, draws=5, k=1, n=2000):
     """Mean metrics of sample(z (k, B, *S), cond) -> x over several draws; noise from fixed seeds.
 
-    A draw is 50,000 points in 2D, one sample per digit with its label, or n of other images.
+    A draw is 50,000 points in 2D, one sample per digit with its label (per second digit of mnist),
+    or n of other images.
     """
     found = []
     for seed in range(1000, 1000 + draws):
@@ -47,9 +48,9 @@ def measure(sample, data, draws=5, k=1, n=2000):
             z = torch.randn(k, 50_000, *data.shape, generator=rng).to(data.means.device)
             found.append(points.mixture_metrics(sets.in_batches(sample, z, None, 10_000), data))
         elif images.is_digits(data):
-            z = torch.randn(k, *data.x.shape, generator=rng).to(data.device)
-            x = sets.in_batches(sample, z, data.labels, 600)
-            found.append(images.digit_metrics(x, data.labels, data))
+            cond = data.labels[:: max(1, len(data) // 2000)]
+            z = torch.randn(k, len(cond), *data.shape, generator=rng).to(data.device)
+            found.append(images.digit_metrics(sets.in_batches(sample, z, cond, 600), cond, data))
         else:
             seeds = range(seed * n, (seed + 1) * n)
             what = data.shape, data.classes, k, data.device
@@ -58,10 +59,12 @@ def measure(sample, data, draws=5, k=1, n=2000):
     return sets.average(found)
 
 
-def quick(generator, data, n):
-    """The student's metrics from one draw: cheap enough while training.  {} without any."""
-    known = data and data.kind != "text"           # of images from text: evaluate, with captions
-    return measure(generator, data, 1, len(generator.sigmas), n) if known else {}
+def quick(net, data, n):
+    """The student's metrics from one draw: cheap enough while training.
+
+    {} for images from text: their metrics need captions, see main.
+    """
+    return measure(net, data, 1, len(net.sigmas), n) if data and data.kind != "text" else {}
 
 
 @torch.no_grad()
@@ -186,7 +189,7 @@ def wanted_metrics(asked, teacher, data_name):
     precision and recall of digits compare pixels, or Inception features if fid is asked for too.
     """
     wanted = [name.strip() for name in asked.split(",")] if asked is not None else []
-    own = DIGITS if data_name == "digits" else {"points": POINTS}.get(teacher.kind, IMAGES)
+    own = DIGITS if data_name in images.SHIPPED else {"points": POINTS}.get(teacher.kind, IMAGES)
     pictures = teacher.kind == "images" and teacher.shape[0] in (1, 3)
     if teacher.kind == "text":
         how, known = "text", ("fid", "clip")

@@ -1,4 +1,4 @@
-"""The two small networks one reads first: an MLP for points in 2D and a U-Net for 8x8 digits.
+"""The two small networks one reads first: an MLP for points in 2D and a U-Net for small images.
 
 Both have the raw signature that denoiser.EDM wraps,
 
@@ -11,6 +11,20 @@ cond is None or (B,) int64; None and -1 both mean "no class" (EDM feeds zeros th
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+def zeroed(layer):
+    """The layer with weights and bias 0: what it feeds starts as if it were not there."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def one_hot(cond, classes, emb):
+    """(B, classes) rows of zeros and a one in emb's dtype; all zeros for "no class"."""
+    if cond is None:
+        return emb.new_zeros(len(emb), classes)
+    return (F.one_hot(cond.clamp(min=0), classes) * (cond >= 0)[:, None]).to(emb.dtype)
 
 
 class MLP(nn.Module):
@@ -31,9 +45,7 @@ class MLP(nn.Module):
         widths = [dim + 2 * freqs.shape[1]] + [width] * depth
         layers = [[nn.Linear(a, b), nn.ReLU()] for a, b in zip(widths, widths[1:])]
         self.hidden = nn.Sequential(*sum(layers, []))
-        self.out = nn.Linear(width, dim)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.out = zeroed(nn.Linear(width, dim))
 
     def features(self, x, c_noise, cond=None):
         phase = torch.cat([x, c_noise[:, None]], 1) @ self.freqs
@@ -49,10 +61,8 @@ class Block(nn.Module):
     def __init__(self, channels, emb):
         super().__init__()
         self.conv0 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv1 = zeroed(nn.Conv2d(channels, channels, 3, padding=1))
         self.modulate = nn.Linear(emb, 2 * channels)
-        nn.init.zeros_(self.conv1.weight)
-        nn.init.zeros_(self.conv1.bias)
 
     def forward(self, x, emb):
         scale, shift = self.modulate(emb)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1) each
@@ -67,16 +77,19 @@ def channel_norm(x):
 
 
 class UNet(nn.Module):
-    """Class-conditional U-Net for small images: full resolution, half resolution, and back."""
+    """Class-conditional U-Net for small images: full resolution, half resolution, and back.
 
-    def __init__(self, channels=1, classes=10, width=32, emb=128):
+    With patch=2 it works on squares of 2x2 pixels: a quarter of the work.
+    """
+
+    def __init__(self, channels=1, classes=10, width=32, emb=128, patch=1):
         super().__init__()
-        self.classes = classes
+        self.classes, self.patch = classes, patch
         self.register_buffer("freqs", torch.exp(torch.linspace(-1.0, 3.0, 16)))
         self.embed_noise = nn.Linear(32, emb)
         self.embed_class = nn.Linear(max(classes, 1), emb, bias=False)
         self.embed_out = nn.Linear(emb, emb)
-        self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
+        self.conv_in = nn.Conv2d(channels, width, 3 * patch, stride=patch, padding=patch)
         self.enc = Block(width, emb)
         self.down = nn.Conv2d(width, 2 * width, 2, stride=2)
         self.enc_half = Block(2 * width, emb)
@@ -85,17 +98,13 @@ class UNet(nn.Module):
         self.up = nn.ConvTranspose2d(2 * width, width, 2, stride=2)
         self.join = nn.Conv2d(2 * width, width, 1)
         self.dec = Block(width, emb)
-        self.conv_out = nn.Conv2d(width, channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        self.conv_out = zeroed(nn.Conv2d(width, channels * patch**2, 3, padding=1))
         self.to(memory_format=torch.channels_last)
 
     def embed(self, c_noise, cond):
         phase = c_noise[:, None] * self.freqs
         emb = self.embed_noise(torch.cat([phase.sin(), phase.cos()], 1))
-        if cond is not None:
-            one_hot = F.one_hot(cond.clamp(min=0), self.classes) * (cond >= 0)[:, None]
-            emb = emb + self.embed_class(one_hot.to(emb.dtype))
+        emb = emb + self.embed_class(one_hot(cond, max(self.classes, 1), emb))
         return F.silu(self.embed_out(F.silu(emb)))
 
     def encode(self, x, emb):
@@ -110,4 +119,4 @@ class UNet(nn.Module):
         skip, h = self.encode(x, emb)
         h = self.up(self.dec_half(h, emb))
         h = self.dec(self.join(torch.cat([h, skip], 1)), emb)
-        return self.conv_out(F.silu(channel_norm(h)))
+        return F.pixel_shuffle(self.conv_out(F.silu(channel_norm(h))), self.patch)

@@ -32,7 +32,7 @@ def load_teacher(name, device="cpu", **options):
     """A Teacher by name.
 
     toy:NAME        exact mixture, see toy.mixtures.MIXTURES; its score has no error at any sigma
-    digits          trained here on the shipped digits (40 s on two cores), then kept in the cache
+    digits, mnist   trained here on shipped digits (40 s, 2 min on two cores), kept in the cache
     cifar10-small, cifar10-scratch   likewise, on the data set `data` (default CIFAR-10)
     edm:NAME        EDM's published weights, downloaded once (edm_checkpoint.PUBLISHED)
     FILE.pkl        weights in EDM's format; nothing in the file is executed

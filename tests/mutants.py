@@ -328,7 +328,7 @@ MUTANTS = [
            f"{GENERATOR}:Generator.path", "0 if start is None else step", "0",
            on_generator.test_start_replaces_the_simulation),
     # ---- f-distill
-    Mutant("f-distill: ratio of the wrong sign", "flowmodels dmd2.py: its ratio is negative",
+    Mutant("f-distill: ratio upside down", "near flowmodels dmd2.py, whose ratio is negative",
            f"{F_DISTILL}:sample_weights", "logits.clamp(-10, 10).exp()", "(-logits).clamp(-10, 10).exp()",
            on_family.test_sample_weights_by_hand),
     Mutant("f-distill: h at a noise of its own", "AaronCaoZJ/DMDs sd_guidance.py:184-230",
@@ -585,7 +585,7 @@ MUTANTS = [
            "toy.mixtures:Mixture._log_terms", "(cond >= 0)", "(cond > 0)",
            on_teacher.test_conditional_mixture_is_the_mixture_of_its_class),
     Mutant("network: class 0 is no class", "",
-           "nano_dmd.networks:UNet.embed", "(cond >= 0)", "(cond > 0)", on_teacher.test_no_class_is_minus_one),
+           "nano_dmd.networks:one_hot", "(cond >= 0)", "(cond > 0)", on_teacher.test_no_class_is_minus_one),
     Mutant("network: class -1 is class 0", "",
-           "nano_dmd.networks:UNet.embed", " * (cond >= 0)[:, None]", "", on_teacher.test_no_class_is_minus_one),
+           "nano_dmd.networks:one_hot", " * (cond >= 0)[:, None]", "", on_teacher.test_no_class_is_minus_one),
 ]

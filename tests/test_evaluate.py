@@ -102,6 +102,17 @@ def test_image_metrics_see_what_each_other_misses():
         assert (net(data.x[1::2]).argmax(1) == data.labels[1::2]).float().mean() > 0.95   # images it never saw
 
 
+@pytest.mark.slow
+def test_mnist_has_the_metrics_of_digits():
+    """Its own classifier, its own neighbours; real halves are real, and grey pictures are not."""
+    data = load_data("mnist")
+    assert images.is_digits(data)
+    real = images.split_halves(data)
+    assert real["accuracy"] > 0.9 and real["recall"] > 0.9
+    grey = images.digit_metrics(data.x.mean(0, keepdim=True).expand(200, -1, -1, -1), data.labels[::25], data)
+    assert grey["recall"] == 0 and grey["fd"] > 5 * real["fd"] and grey["accuracy"] < 0.2
+
+
 def test_the_teacher_is_guided_as_in_training(tmp_path, monkeypatch):
     """--guidance 2: the report's teacher row (70 network calls) and the log's reference are of u + 2 (c - u)."""
     cfg = resolve(dict(preset="digits", method="sid", guidance=2.0, teacher_steps=5, device="cpu"))

@@ -349,6 +349,19 @@ def test_networks_start_at_zero():
     assert not UNet(channels=3, classes=0)(normal(3, 3, 8, 8).float(), torch.zeros(3)).any()
 
 
+def test_patches():
+    """With patch=2 the inner network sees a quarter of the places, and each pixel of the answer depends on its own input."""
+    torch.manual_seed(0)
+    net, x = UNet(width=8, emb=16, patch=2), normal(2, 1, 12, 12).float().requires_grad_()
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    assert net.features(x, torch.zeros(2)).shape == (2, 16, 3, 3) and net(x, torch.zeros(2)).shape == x.shape
+    for i, j in ((0, 0), (5, 6), (11, 11)):
+        slope, = torch.autograd.grad(net(x, torch.zeros(2))[0, 0, i, j], x)
+        assert slope[0, 0, i, j].abs() > 1e-4 and not slope[1].any()
+    assert UNet(width=8, emb=16).state_dict().keys() == net.state_dict().keys()
+
+
 @pytest.mark.parametrize("dim, octaves", [(1, 3), (2, 5)])
 def test_mlp_sees_octaves(dim, octaves):
     """The first layer gets the point, then sines and cosines of pi/2 2^k of each coordinate and of 1, 2, 4, 8 c_noise."""

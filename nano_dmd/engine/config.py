@@ -37,12 +37,12 @@ class Config:
     init: str = knob("", "run folder to start generator and fake score from: DMD2's second stage")
     control: bool = knob(False, "methods with pairs: also train by regression alone (one process)")
 
-    teacher: str = knob("digits", "toy:NAME | flow:NAME | digits | edm:NAME | FILE.pkl | hub name "
-                                  "| folder")
+    teacher: str = knob("digits", "toy:NAME | flow:NAME | digits | mnist | edm:NAME | FILE.pkl "
+                                  "| hub name | folder")
     revision: str = knob("", "branch, tag or commit of a teacher on the hub")
     teacher_steps: int = knob(0, "updates when training the teacher; 0 = its recipe's", 0, MANY)
     teacher_seed: int = knob(0, "seed of the teacher's training", 0, 2**63 - 1)
-    data: str = knob("", "digits | toy:NAME | cifar10 | folder | EDM's .zip; empty = the teacher's")
+    data: str = knob("", "digits | mnist | cifar10 | toy:NAME | folder | .zip; empty: teacher's")
     flip: bool = knob(False, "mirror real images at random")
     prompts: str = knob("", "text to image: text file, one prompt to a line")
     encode: str = knob("cache", "prompts: all before the training, or each batch online, its "
@@ -146,7 +146,7 @@ GROUPS = dict(preset="what to run", teacher="teacher and data", w_dm="method", s
 RESUMABLE = {"out", "device", "threads", "log_every", "sample_every", "save_every", "eval_every",
              "eval_images", "log_to"}
 PLACES = ("data", "prompts", "teacher", "init", "lpips_decoder")        # may name a file or folder
-OWN_NAMES = {"digits", "cifar10", "cifar10-test", "cifar10-small", "cifar10-scratch", "vae"}
+OWN_NAMES = set("digits mnist cifar10 cifar10-test cifar10-small cifar10-scratch vae".split())
 
 
 def split(name):

@@ -9,7 +9,7 @@ from nano_dmd.engine.cache import cached, digest
 from nano_dmd.engine.files import load_tensors, load_weights, save_tensors
 from nano_dmd.engine.machine import forked
 from nano_dmd.metrics.sets import coverage, frechet
-from nano_dmd.teachers.data import TensorData, to_float
+from nano_dmd.teachers.data import SHIPPED, TensorData, to_float
 
 
 def to_uint8(x):
@@ -45,13 +45,13 @@ def batches(images, n=None, size=250):
 
 
 class Classifier(nn.Module):
-    """A small CNN for 8x8 digits; features() is the space of feat_fd."""
+    """A small CNN for digits of side x side pixels; features() is the space of feat_fd."""
 
-    def __init__(self):
+    def __init__(self, side=8):
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1),
-            nn.ReLU(), nn.Flatten(), nn.Linear(1024, 64), nn.ReLU())
+            nn.ReLU(), nn.Flatten(), nn.Linear(16 * side**2, 64), nn.ReLU())
         self.out = nn.Linear(64, 10)
 
     def features(self, x):
@@ -66,7 +66,7 @@ def digit_classifier(data):
     def make(path):
         with forked(data.device), torch.enable_grad():
             torch.manual_seed(0)
-            net = Classifier()
+            net = Classifier(data.shape[-1])
             x, labels = data.x[::2].cpu(), data.labels[::2].cpu()
             opt = torch.optim.Adam(net.parameters(), lr=2e-3)
             for _ in range(300):
@@ -78,14 +78,15 @@ def digit_classifier(data):
         save_tensors(path, net.state_dict())
 
     made_of = [digest(v.cpu().numpy().tobytes()) for v in (data.x, data.labels)]
-    net, path = Classifier(), cached("classifier-digits", made_of, make, ".safetensors")
+    net = Classifier(data.shape[-1])
+    path = cached(f"classifier-{data.name}", made_of, make, ".safetensors")
     load_weights(net, load_tensors(path), f"{path} (delete it to have it made again)")
     return net.to(data.device).eval()
 
 
 @torch.no_grad()
 def digit_metrics(x, labels, data, classifier=None):
-    """All metrics of samples x (N, 1, 8, 8), asked for as classes labels (N,)."""
+    """All metrics of samples x (N, 1, H, W), asked for as classes labels (N,)."""
     flat, real = x.flatten(1), data.x.flatten(1)
     classifier = classifier or digit_classifier(data)
     distance, index = torch.cdist(flat, real).topk(3, largest=False)
@@ -129,7 +130,7 @@ def standin_metrics(images, data, n=10_000):
 
 def is_digits(data):
     """Whether data is the shipped digits with classes.  Others, also of 8x8, get stand-ins."""
-    return data.name == "digits" and data.classes == 10
+    return data.name in SHIPPED and data.classes == 10
 
 
 @torch.no_grad()

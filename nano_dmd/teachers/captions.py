@@ -59,7 +59,8 @@ def in_folder(folder):
     places = [Place(f) for f in files]
     if not listed.is_file():
         texts = [f.with_suffix(".txt") for f in files]
-        return places, [joined(t) if t.is_file() else None for t in texts]
+        return places, [" ".join(line for _, line in read_lines(t)) if t.is_file() else None
+                        for t in texts]
     rows = {}
     for i, line in read_lines(listed):
         name, caption = caption_of(line, f"{listed}, line {i}")
@@ -71,10 +72,6 @@ def in_folder(folder):
         note(f"{listed} has captions for {len(rows)} images that are not there, "
              f"{next(iter(rows))} for example")
     return places, captions
-
-
-def joined(path):
-    return " ".join(line for _, line in read_lines(path))
 
 
 def caption_of(line, where):

@@ -1,6 +1,6 @@
 """Data sets: .kind, .shape, .classes and .sample(n, generator, rows) -> (x, cond).
 
-    digits                 1,797 real handwritten digits, 8x8, shipped with the package
+    digits, mnist          real handwritten digits, shipped: 1,797 of 8x8, 5,000 of 28x28
     cifar10, cifar10-test  50,000 and 10,000 images, 32x32 RGB, downloaded once by torchvision
     a folder               of class folders of images, or of images alone
     a folder or .zip       as EDM's dataset_tool.py writes it: images and dataset.json with labels
@@ -28,7 +28,8 @@ from nano_dmd.engine.cache import cached, fingerprint, visible, visible_files
 from nano_dmd.engine.files import MADE_AGAIN, UserError, blame, cache_dir, note, read_bytes, sync
 from nano_dmd.noise import expand
 
-DIGITS_FILE = Path(__file__).parents[1] / "assets" / "digits8x8.npz"
+ASSETS = Path(__file__).parents[1] / "assets"
+SHIPPED = {"digits": ("digits8x8.npz", 16), "mnist": ("mnist28x28.npz", 255)}  # file, largest
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 BESIDE = (".txt", ".json", ".jsonl", "/")          # captions, tables and folders: no images
 MOST_CLASSES = 100_000
@@ -91,11 +92,12 @@ class TensorData:
         return x, None if labels is None else look_up(labels, index, self.device)
 
 
-def load_digits(device="cpu"):
-    """1,797 real handwritten digits, 8x8, ten classes (UCI, CC BY 4.0; assets/ATTRIBUTION.md)."""
-    with np.load(DIGITS_FILE, allow_pickle=False) as f:
+def load_digits(device="cpu", name="digits"):
+    """Real handwritten digits of ten classes; SHIPPED names the sets (assets/ATTRIBUTION.md)."""
+    file, largest = SHIPPED[name]
+    with np.load(ASSETS / file, allow_pickle=False) as f:
         x, labels = torch.from_numpy(f["images"]), torch.from_numpy(f["labels"])
-    return TensorData((x.float() / 8 - 1)[:, None], labels.long(), device, name="digits")
+    return TensorData((x.float() / (largest / 2) - 1)[:, None], labels.long(), device, name=name)
 
 
 def cifar10(name):
@@ -277,15 +279,15 @@ def noise_images(name, device):
 
 def identity(name):
     """What a data set is, for cache keys: its name, or its path and a fingerprint of its files."""
-    if name in ("digits", "cifar10", "cifar10-test") or name.startswith(("toy:", "random:")):
+    if name in (*SHIPPED, "cifar10", "cifar10-test") or name.startswith(("toy:", "random:")):
         return name
     return [str(Path(name).absolute()), fingerprint(name)]
 
 
 def load_data(name, device="cpu", flip=False):
     """A data set by name (see above); flip mirrors images at random.  raises UserError."""
-    if name == "digits":
-        return load_digits(device)
+    if name in SHIPPED:
+        return load_digits(device, name)
     if name.startswith("toy:"):
         from toy.mixtures import MIXTURES
 
@@ -299,8 +301,8 @@ def load_data(name, device="cpu", flip=False):
         return TensorData(*tensors, device, flip, name)
     path = Path(os.path.abspath(name))
     if not (os.path.isdir(path) or os.path.isfile(path)):
-        raise UserError(f"no data set {name!r:.200}: use digits, cifar10, toy:NAME, a folder of "
-                        "images or a .zip made by EDM's tool")
+        raise UserError(f"no data set {name!r:.200}: use {', '.join(SHIPPED)}, cifar10, toy:NAME, "
+                        "a folder of images or a .zip made by EDM's tool")
     names, read = opened(path)
     images = images_among(names, path)
 

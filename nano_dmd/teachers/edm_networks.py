@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nano_dmd.engine.files import UserError
+from nano_dmd.networks import one_hot, zeroed
 
 
 class Style(NamedTuple):
@@ -150,13 +151,6 @@ class NoiseEmbedding(nn.Module):
         phase = c_noise[:, None] * freqs
         waves = phase.sin(), phase.cos()
         return torch.cat(waves[::-1] if self.adm else waves, 1)
-
-
-def one_hot(cond, classes, emb):
-    """(B, classes) rows of zeros and a one in emb's dtype; all zeros for "no class"."""
-    if cond is None:
-        return emb.new_zeros(len(emb), classes)
-    return (F.one_hot(cond.clamp(min=0), classes) * (cond >= 0)[:, None]).to(emb.dtype)
 
 
 class EDMUNet(nn.Module):
@@ -303,8 +297,7 @@ class DhariwalUNet(EDMUNet):
         self.out_conv = nn.Conv2d(width, img_channels, 3, padding=1)
         for name, m in self.named_modules():       # else torch's own: uniform in +-1 / sqrt(fan in)
             if name.endswith(("conv1", "proj", "out_conv")):
-                nn.init.zeros_(m.weight)           # every residual branch starts at nothing
-                nn.init.zeros_(m.bias)
+                zeroed(m)                          # every residual branch starts at nothing
             elif name == "map_label":
                 nn.init.normal_(m.weight)
         self.to(memory_format=torch.channels_last)

@@ -36,6 +36,9 @@ RECIPES = {
     "digits": dict(network="unet", args=dict(channels=1, classes=10), data="digits",
                    sigma_data=0.75, bf16=True, sigma="lognormal(-1.2,1.2)", steps=1200,
                    batch=128, lr=3e-3, ema=100, label_dropout=0.0),
+    "mnist": dict(network="unet", args=dict(channels=1, classes=10, patch=2), data="mnist",
+                  sigma_data=0.6, bf16=True, sigma="lognormal(-1.0,1.4)", steps=1500,
+                  batch=128, lr=3e-3, ema=100, label_dropout=0.0),
     "cifar10-small": dict(network="unet", args=dict(channels=3, classes=10), data="",
                           sigma_data=0.5, bf16=True, sigma="lognormal(-1.2,1.2)", steps=1000,
                           batch=64, lr=2e-3, ema=100, label_dropout=0.0),
@@ -115,9 +118,9 @@ def fit_or_load(name, data_name, recipe, device, steps=0, seed=0, show=True, com
 def random_teacher(args, device):
     """(network, recipe) of one of RANDOM, which goes with images of noise."""
     side, classes = args["img_resolution"], args["label_dim"]
-    recipe = dict(network="edm", args=args, sigma_data=0.5, bf16=False, shape=[3, side, side],
-                  classes=classes, data=f"random:3x{side}:{classes}", seconds=0.0,
-                  cpu_seconds=0.0)
+    recipe = dict(network="edm", args=args, sigma_data=0.5, bf16=False, seconds=0.0,
+                  cpu_seconds=0.0, shape=[3, side, side], classes=classes,
+                  data=f"random:3x{side}:{classes}")
     with machine.forked(device):
         torch.manual_seed(0)
         return untrained(recipe).to(device).requires_grad_(False).eval(), recipe
@@ -168,7 +171,7 @@ def save_teacher(folder, net, recipe):
 RECIPE = dict(network=str, args=dict, sigma_data=float, bf16=bool, shape=[int], classes=int,
               data=str, seconds=float, cpu_seconds=float)
 LARGEST = dict(dim=4096, width=8192, depth=64, octaves=16, channels=64, classes=MOST_CLASSES,
-               emb=8192)
+               emb=8192, patch=16)
 
 
 def read_teacher(folder, device):

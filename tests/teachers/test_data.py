@@ -17,7 +17,9 @@ import torch
 import torchvision
 from PIL import Image
 
+from nano_dmd.engine.config import resolve
 from nano_dmd.engine.files import UserError
+from nano_dmd.methods import METHODS
 from nano_dmd.teachers import data, zoo
 from nano_dmd.teachers.data import TensorData, load_data
 
@@ -431,3 +433,25 @@ def test_a_teacher_of_ones_own_has_the_channels_and_classes_of_the_data(name, tm
         assert zoo.untrained(recipe)(torch.zeros(2, *shape), torch.ones(2), cond).shape == (2, *shape)
     with pytest.raises(UserError, match="have 7 pixels a side"):
         zoo.fitted(zoo.RECIPES[name], load_data(write_zip(tmp_path / "odd.zip", np.zeros((4, 1, 7, 7), np.uint8), None)))
+
+
+@pytest.mark.parametrize("name, count, side, levels", [("digits", 1797, 8, 17), ("mnist", 5000, 28, 256)])
+def test_shipped_digits(name, count, side, levels):
+    """Both sets come with the package: their size, their range, ten classes, and the licence beside the file."""
+    shipped = load_data(name)
+    assert shipped.x.shape == (count, 1, side, side) and shipped.classes == 10 and shipped.name == name == data.identity(name)
+    assert shipped.x.min() == -1 and shipped.x.max() == 1 and len(shipped.x.unique()) <= levels
+    each = torch.bincount(shipped.labels)
+    assert each.sum() == count and (each == 500).all() if name == "mnist" else each.min() > 150
+    assert data.SHIPPED[name][0] in (data.ASSETS / "ATTRIBUTION.md").read_text()
+
+
+def test_mnist_is_a_preset_of_every_method():
+    """mnist's rows are those of digits with another teacher, whose recipe has the pictures' size."""
+    for method in METHODS:
+        small, large = resolve(dict(preset="digits", method=method)), resolve(dict(preset="mnist", method=method))
+        assert (small.teacher, large.teacher) == ("digits", "mnist")
+    net = zoo.untrained(zoo.RECIPES["mnist"])
+    x = torch.zeros(2, 1, 28, 28)
+    assert net(x, torch.ones(2), torch.tensor([0, 9])).shape == x.shape
+    assert zoo.nonsense(zoo.RECIPES["mnist"] | dict(shape=[1, 28, 28], classes=10)) == ""
