@@ -5,16 +5,22 @@ import copy
 import importlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
+from statistics import NormalDist
 
 import nbformat
+import numpy as np
 import pytest
+import torch
 
+from nano_dmd import noise
 from nano_dmd.engine.files import UserError
-from tutorials import copying, equations, run
+from tutorials import answers, colab, copying, equations, run, slides
 
 ROOT = Path(__file__).parents[1]
-NUMBERS = ("00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11", "12", "13", "14", "15")
+NUMBERS = ("00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11", "12", "13", "14", "15", "16", "17")
 
 
 def test_none_is_missing():
@@ -69,7 +75,9 @@ def test_rules_are_seen_to_be_broken():
 
     assert broken(lambda cells: None) == []
     assert broken(lambda cells: None, size=600_000) == ["600 KB, more than 500"]
-    assert broken(set_source("x = 1\n" * 16)) == ["a cell has 16 lines"]
+    assert broken(set_source("x = 1\n" * 21)) == ["a cell has 21 lines"]
+    assert broken(lambda cells: cells[0].update(source=cells[0].source + " word" * 500)) == [
+        "614 words before the first picture, more than 500"]
     assert broken(set_source("%matplotlib inline")) == ["magic or shell command"]
     assert broken(without_pictures) == ["no picture in the outputs"]
     assert broken(lambda cells: cells[code].update(execution_count=None)) == ["a cell was never executed"]
@@ -130,3 +138,158 @@ def test_figure_of_what_students_copy(tmp_path, capsys):
     (tmp_path / "compare.json").write_text(json.dumps({"teacher": {"sw2": [1.0, 0.0]}}))
     with pytest.raises(UserError, match="has no pairing"):
         copying.pairings(tmp_path)
+
+
+def numbers_found_otherwise():
+    """Answers to exercises by quadrature, search or simulation, where answers.py has a formula."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    mean = lambda v: (weights * v).sum() / weights.sum()                           # E over a standard normal variable
+    grid = np.linspace(-30, 30, 600_001)
+    normal = lambda m, v: np.exp(-(grid - m) ** 2 / (2 * v)) / np.sqrt(2 * np.pi * v)
+    shrink = lambda a, sigma: a**2 / (a**2 + sigma**2)
+    first = lambda values, good: next(v for v in values if good(v))
+    fine = np.arange(0.2, 5, 1e-4)
+
+    posterior = (normal(-1, 0.01) + normal(1, 0.01)) * np.exp(-(grid**2) / 0.5)
+    p, q = normal(0, 1), normal(1, 1.5)
+    levels = noise.sd_sigmas()
+    walk = [0.1, 0.1**2 / (0.1**2 + 0.25)]                                          # 03: a late critic and a generator
+    highest, kappa, rho = 0.0, 0.25, 0.9
+    for _ in range(60):
+        a, f = walk
+        f += 0.2 * (a**2 + 0.25) * (shrink(a, 0.5) - f)                             # .1 at a = .5, so that rho is .9
+        walk = [a - 0.5 * a * (f - 0.5), f]
+        highest = max(highest, walk[0])
+    x = 0.0
+    for _ in range(4000):
+        x += 0.05 * ((0.8 + (x - 0.8) / 3) - x / 2)
+    perfect = lambda S, s: brentq(lambda g: (g + s / S * (1 - g)) ** 2 * (1 + S**2) - 1 - s**2)
+    g, V = perfect(14.6, 1), 1 + 14.6**2
+    return {
+        "00.E": np.sqrt((posterior * grid**2).sum() / posterior.sum()),
+        "01.E": first(fine, lambda s: mean(np.cosh(nodes / np.sqrt(0.01 + s**2)) ** -2.0) < 0.01 + s**2),
+        "02.E": fine[np.argmax(shrink(2, fine) - shrink(0.5, fine))],
+        "03.E": first(range(1, 99), lambda n: (1 + rho**n - kappa * (1 - rho**n)) ** 2 >= 4 * rho**n),
+        "04.E": fine[np.argmin(np.abs(fine**2 + 0.09 - 0.25))],
+        "05.E": np.sqrt((0.36 + levels[249].item() ** 2) / (1 + levels[249].item() ** 2)),
+        "06.E": first(fine, lambda a: a > 0.5 and shrink(0.5, 0.3) - 1 - 1.5 * (shrink(0.5, 0.3) - shrink(a, 0.3)) > 0),
+        "07.E": np.dot(np.linalg.solve([[1, 1 / 5000], [1, 1 / 20_000]], [9.3, 6.1]), [1, 1 / 50_000]),
+        "09.2": 100 * NormalDist().cdf(-np.sqrt(5 / 2)),
+        "09.3": (grid * 20 * normal(0, 1) * np.cumsum(normal(0, 1) * 1e-4) ** 19).sum() * 1e-4,
+        "09.E": first(range(1, 99), lambda n: NormalDist().cdf(0.5 * np.sqrt(n / 2)) >= 0.95),
+        "10.2": levels[999].item() / levels[399].item(),
+        "11.E": 0.75 / 0.25,
+        "12.E1": 1000 / ((q * (p / q) ** 2).sum() * 1e-4),
+        "13.E1": x,
+        "14.E1": brentq(lambda share: 0.75 * share + 0.25 * 0.5 - 0.8),
+        "14.E2": brentq(lambda a: a * 1 + (1 - a) * 0.5 - 0.8),
+        "15.E1": g * (g + (1 - g) / 14.6) * V,
+        "15.E2": brentq(lambda s: 2 * s**2 - 4 * (s**2 - 1), 1.01, 4),
+        "16.E": brentq(lambda s: mean(((s * nodes - 0.73 * 28) ** 2 - (s * nodes) ** 2) / (2 * s**2 + 0.02)) - np.log(19), 1, 30),
+        "17.E": np.sqrt(mean((10 - 10 * shrink(0.5, 10)) ** 2 * nodes**2 + ((1 - shrink(0.5, 10)) * 0.5) ** 2)
+                        / mean((10 * shrink(0.5, 10) * nodes) ** 2 + ((1 - shrink(0.5, 10)) * 0.5) ** 2)),
+        "03.1": highest,
+    }
+
+
+def brentq(f, low=1e-6, high=1.0):
+    """The root of f between low and high, by bisection."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if f(middle) * f(low) > 0 else (low, middle)
+    return low
+
+
+def test_answers_of_the_exercises():
+    """answers.py's numbers, found in another way."""
+    for key, number in numbers_found_otherwise().items():
+        assert answers.reply(key, number) == f"{key}: right.", (key, number)
+        right = answers.QUESTIONS[key].right
+        assert abs(number / right - 1) < max(answers.QUESTIONS[key].rtol / 2, 1e-3), (key, number, right)
+
+
+@pytest.mark.parametrize("key", answers.QUESTIONS)
+def test_a_wrong_answer_has_its_own_reply(key):
+    """Right is right, None is no answer, each slip has its sentence, and anything else the hint."""
+    question = answers.QUESTIONS[key]
+    assert answers.reply(key, question.right) == f"{key}: right."
+    assert "not answered yet" in answers.reply(key, None)
+    for slip, said in question.slips.items():
+        assert answers.reply(key, slip) == f"{key}: not yet. {said}"
+    assert answers.reply(key, -77.7) == f"{key}: not yet. {question.hint}"
+    if not isinstance(question.right, str):
+        assert answers.reply(key, torch.tensor(float(question.right))) == f"{key}: right."
+
+
+@pytest.mark.parametrize("path", run.NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_question_is_asked_once_and_no_answer_shown(path):
+    """Blanks are None, and check() gets a key and a blank, so that no cell of a question holds its answer."""
+    source = "\n".join(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
+    asked = re.findall(r'^check\("(\S+)", (?:guess_\d|answer(?:_\d)?)\)$', source, re.M)
+    assert sorted(asked) == sorted(k for k in answers.QUESTIONS if k.startswith(path.name[:2]))
+    assert len(asked) == source.count("check(") and len(asked) >= 4
+    assert not re.search(r"^(guess_\d|answer(_\d)?) = (?!None)", source, re.M)
+
+
+def small_notebook():
+    """One cell of each kind, as if it had been executed."""
+    from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+    def shown(kind, data):
+        return new_output("display_data", {kind: data})
+
+    paragraph = " ".join(["word"] * 40)
+    return new_notebook(cells=[
+        new_markdown_cell(f"# Title\n\nabout it\n\n## The maths\n\n{paragraph}\n\n$$x = y$$\n\n{paragraph}"),
+        new_code_cell("guess_1 = None"),
+        new_code_cell("draw()", outputs=[shown("image/png", "aGVsbG8="), shown("text/plain", "<Figure>")]),
+        new_code_cell("movie()", outputs=[shown("text/html", '<img alt="animation">')]),
+        new_code_cell('check("00.1", guess_1)'),
+        new_markdown_cell("<details><summary>Solution</summary>\n\n42\n</details>\n\nNext: 01.")])
+
+
+def test_slides():
+    """Headings begin slides, text is cut between paragraphs, figures stand alone, solutions are the speaker's."""
+    made = [(cell.metadata["slideshow"]["slide_type"], cell.source) for cell in slides.deck(small_notebook()).cells]
+    paragraph = " ".join(["word"] * 40)
+    assert made == [("slide", "# Title\n\nabout it"), ("slide", f"## The maths\n\n{paragraph}\n\n$$x = y$$"),
+                    ("subslide", paragraph), ("subslide", '<img src="data:image/png;base64,aGVsbG8=">'),
+                    ("subslide", '<img alt="animation">'), ("notes", made[-1][1])]
+    assert "42" in made[-1][1] and "<" not in made[-1][1]
+    with_code = [cell.source for cell in slides.deck(small_notebook(), code=True).cells]
+    assert len(with_code) == len(made) + 2 and "draw()" in with_code and "guess_1 = None" not in with_code
+
+
+@pytest.mark.parametrize("path", run.NOTEBOOKS, ids=lambda p: p.stem)
+def test_slides_hold_what_the_notebook_holds(path):
+    """Every figure has a slide, and no slide of text has more words than a projector shows."""
+    notebook = nbformat.read(path, as_version=4)
+    cells = slides.deck(notebook).cells
+    figures = sum("image/png" in o.get("data", {}) for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
+    assert sum(c.source.startswith('<img src="data:image/png') for c in cells) == figures > 0
+    shown = [c.source for c in cells if c.metadata["slideshow"]["slide_type"] != "notes" and "<img" not in c.source]
+    assert all(len(text.split()) < 200 for text in shown) and np.median([len(text.split()) for text in shown]) < 90
+
+
+def test_page_of_slides():
+    """nbconvert's page holds the pictures, our style, and the scripts of a folder where one is given."""
+    pytest.importorskip("nbconvert")
+    page = slides.html(slides.deck(small_notebook()), "name", "modules")
+    assert page.count("<section") >= 6 and "aGVsbG8=" in page and slides.STYLE in page
+    assert 'src="modules/requirejs/require.js"' in page and "modules/reveal.js" in page
+    assert "cdnjs.cloudflare.com/ajax/libs/require" not in page
+
+
+def test_links_to_colab():
+    """Written once, replaced by another address, and the first cell is Python that installs nothing here."""
+    notebook = nbformat.read(run.NOTEBOOKS[1], as_version=4)
+    count, title = len(notebook.cells), notebook.cells[0].source.splitlines()[0]
+    for repo in ("someone/fork", "other/name"):
+        colab.link(notebook, "01.ipynb", repo)
+        head, first = notebook.cells[0].source, notebook.cells[1]
+        assert len(notebook.cells) == count + 1 and head.startswith(title) and head.count("Open in Colab") == 1
+        assert f"/github/{repo}/blob/main/tutorials/01.ipynb" in head and f"git+https://github.com/{repo}" in first.source
+    nbformat.validate(notebook)
+    subprocess.run([sys.executable, "-c", first.source.replace("subprocess.run", "exit")], check=True, cwd=ROOT)
+    with pytest.raises(UserError, match="expected OWNER/NAME, got 'https://x'"):
+        colab.main(["https://x"])

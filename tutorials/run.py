@@ -15,7 +15,7 @@ from nano_dmd.engine.files import UserError, command, write_atomic
 HERE = Path(__file__).parent
 NOTEBOOKS = sorted(HERE.glob("[0-9][0-9]_*.ipynb"))
 SECTIONS = ("Question", "Your prediction", "The maths", "Break it", "Exercise")       # headings every notebook has
-LINES, KILOBYTES = 15, 500
+LINES, KILOBYTES, WORDS = 20, 500, 500
 
 
 def execute(path, timeout=1200):
@@ -44,7 +44,7 @@ def shrink(notebook, colours=96):
 
 
 def complaints(notebook, size):
-    """What breaks the rules, a list of sentences: cell length, size, sections, an assertion, a picture, kept outputs."""
+    """What breaks the rules, a list of sentences: cell length, size, sections, an assertion, an early picture, kept outputs."""
     code = [c for c in notebook.cells if c.cell_type == "code"]
     text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
     outputs = [o for c in code for o in c.outputs]
@@ -54,10 +54,21 @@ def complaints(notebook, size):
     found += [f"{size // 1000} KB, more than {KILOBYTES}"] * (size > 1000 * KILOBYTES)
     found += [f"magic or shell command: {c.source.splitlines()[0]}" for c in code if c.source.lstrip().startswith(("%", "!"))]
     found += ["nothing is asserted"] * (not any("assert" in c.source for c in code))
-    found += ["no picture in the outputs"] * (not any("image/png" in o.get("data", {}) for o in outputs))
+    drawn = [i for i, c in enumerate(notebook.cells) if any("image/png" in o.get("data", {}) for o in c.get("outputs", []))]
+    before = sum(len(c.source.split()) for c in notebook.cells[: drawn[0]] if c.cell_type == "markdown") if drawn else 0
+    found += ["no picture in the outputs"] * (not drawn)
+    found += [f"{before} words before the first picture, more than {WORDS}"] * (before > WORDS)
     found += ["a cell was never executed"] * any(c.execution_count is None for c in code)
     found += ["an output holds an error"] * any(o.output_type == "error" for o in outputs)
     return found
+
+
+def choose(names):
+    """The notebooks whose files' names start with one of `names`; all of them without names."""
+    chosen = [path for path in NOTEBOOKS if not names or path.name.startswith(tuple(names))]
+    if not chosen:
+        raise UserError(f"no notebook starts with {' or '.join(names)}; there are {', '.join(p.stem for p in NOTEBOOKS)}")
+    return chosen
 
 
 def main(argv=None):
@@ -65,11 +76,7 @@ def main(argv=None):
 
     p = parser("python -m tutorials.run", __doc__)
     p.add_argument("names", nargs="*", metavar="NAME", help="how the file's name starts, 02 for example")
-    names = p.parse_args(argv).names
-    chosen = [path for path in NOTEBOOKS if not names or path.name.startswith(tuple(names))]
-    if not chosen:
-        raise UserError(f"no notebook starts with {' or '.join(names)}; there are {', '.join(p.stem for p in NOTEBOOKS)}")
-    for path in chosen:
+    for path in choose(p.parse_args(argv).names):
         start = time.perf_counter()
         notebook = execute(path)
         shrink(notebook)

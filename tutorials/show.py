@@ -4,14 +4,19 @@ One colour each, in every figure: REAL the target and its score, FAKE the studen
 teacher samples in many steps, GRADIENT the direction in which a method moves samples.
 """
 
+import base64
+import os
+
 import matplotlib.pyplot as plt
 import torch
-from IPython.display import Image
+from IPython.display import HTML
 
 from toy.plots import (FAKE, GRADIENT, REAL, TEACHER, gif, lattice, plot_field, plot_plane, plot_points, to_image,  # noqa: F401
                        typical_length, visits)
+from tutorials.answers import reply
 
-plt.rcParams.update({"figure.dpi": 72, "axes.grid": True, "grid.alpha": 0.3, "figure.constrained_layout.use": True,
+DPI = float(os.environ.get("NANO_DMD_DPI", 72))                   # tutorials.slides asks for more
+plt.rcParams.update({"figure.dpi": DPI, "axes.grid": True, "grid.alpha": 0.3, "figure.constrained_layout.use": True,
                      "axes.titlesize": 11, "legend.fontsize": 9})
 
 
@@ -40,8 +45,12 @@ def label(ax, title="", x="x", y="", legend=True):
 
 
 def movie(draw, frames, columns=1, milliseconds=150, width=3.4, height=3.2):
-    """A GIF: draw(axes, frame) paints each of `frames` on a list of cleared axes; rests on the last one."""
+    """A GIF: draw(axes, frame) paints each of `frames` on a list of cleared axes; rests on the last one.
+
+    It is an <img> of HTML: nbconvert keeps that in its html and slides, and drops a bare image/gif.
+    """
     fig, axes = panels(columns, width=width, height=height)
+    fig.set_dpi(72)                                               # on slides, too: a GIF is large
     images = []
     for frame in frames:
         for ax in axes:
@@ -49,12 +58,10 @@ def movie(draw, frames, columns=1, milliseconds=150, width=3.4, height=3.2):
         draw(axes, frame)
         images.append(to_image(fig).quantize(48))
     plt.close(fig)
-    return Image(data=gif(images, milliseconds, pause=1500), format="gif")
+    data = base64.b64encode(gif(images, milliseconds, pause=1500)).decode()
+    return HTML(f'<img alt="animation" src="data:image/gif;base64,{data}">')
 
 
-def check(answer, right, rtol=0.02):
-    """Compare the reader's number with the right one, without printing it; None is "not answered yet"."""
-    if answer is None:
-        return print("Not answered yet: put your number in place of None.")
-    off = abs(float(answer) - float(right)) > rtol * abs(float(right)) + 1e-9
-    print("Not yet: have another look at the question." if off else "Right.")
+def check(key, answer):
+    """Say whether an answer to question `key` ("03.1", "03.E") is right, or what it overlooks; None is "not answered yet"."""
+    print(reply(key, answer))
