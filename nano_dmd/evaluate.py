@@ -62,7 +62,7 @@ def measure(sample, data, draws=5, k=1, n=2000):
 def quick(net, data, n):
     """The student's metrics from one draw: cheap enough while training.
 
-    {} for images from text: their metrics need captions, see main.
+    {} without data, and for images from text: their metrics need captions, see main.
     """
     return measure(net, data, 1, len(net.sigmas), n) if data and data.kind != "text" else {}
 

@@ -102,6 +102,18 @@ def test_image_metrics_see_what_each_other_misses():
         assert (net(data.x[1::2]).argmax(1) == data.labels[1::2]).float().mean() > 0.95   # images it never saw
 
 
+def test_one_sample_for_each_digit_or_each_second_of_mnist(monkeypatch):
+    """The labels asked for are those of the data; a larger set is thinned evenly."""
+    seen = []
+    monkeypatch.setattr(images, "digit_metrics", lambda x, labels, data: seen.append((x, labels)) or dict(fd=0.0))
+    for name, count in (("digits", 1797), ("mnist", 2500)):
+        data = load_data(name)
+        evaluate.measure(lambda z, cond: z[0] * 0 + cond[:, None, None, None], data, draws=1)
+        x, labels = seen.pop()
+        assert len(x) == count and (x[:, 0, 0, 0] == labels).all()
+        assert name == "digits" and torch.equal(labels, data.labels) or (torch.bincount(labels) == 250).all()
+
+
 @pytest.mark.slow
 def test_mnist_has_the_metrics_of_digits():
     """Its own classifier, its own neighbours; real halves are real, and grey pictures are not."""

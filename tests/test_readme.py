@@ -101,7 +101,7 @@ def test_rows_of_comparisons_resolve(preset, row):
     resolve({k: v for k, v in parse_row(preset, row).items() if v != "FOLDER"})
 
 
-PRESET = r"--preset ([a-z][\w-]*)|`((?:toy|digits|cifar10|imagenet64|ffhq64|afhqv2-64|sd15)[\w-]*)`"
+PRESET = r"--preset ([a-z][\w-]*)|`((?:toy|digits|mnist|cifar10|imagenet64|ffhq64|afhqv2-64|sd15)[\w-]*)`"
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p != LOG], ids=lambda p: f"{p.parent.name}/{p.name}")

@@ -16,11 +16,26 @@ class Question:
     hint: str                                         # for an answer that is wrong and not in slips
     slips: dict = field(default_factory=dict)         # wrong answer -> what it overlooks
     rtol: float = 0.02                                # how far off a number may be; of the right answer 0, this much itself
+    also: tuple = ()                                  # other words that mean the right one
 
     def matches(self, answer, target):
-        if isinstance(target, str) or isinstance(answer, str):
-            return str(answer).strip().lower() == str(target).lower()
-        return abs(answer - target) <= self.rtol * (abs(target) or 1)
+        if isinstance(target, str):
+            return word(answer) in ({target, *self.also} if target == self.right else {target})
+        found = number(answer)
+        return found is not None and abs(found - target) <= self.rtol * (abs(target) or 1)
+
+
+def word(answer):
+    """'The smallest.' -> 'smallest'."""
+    return str(answer).lower().strip(" .").removeprefix("the ")
+
+
+def number(answer):
+    """'4.9 %' -> 4.9; None for what is no number."""
+    try:
+        return float(answer.rstrip("% ") if isinstance(answer, str) else answer)
+    except ValueError:
+        return None
 
 
 Q = Question
@@ -37,24 +52,27 @@ QUESTIONS = {
     "00.2": Q("smallest", "Choose between smallest and largest.", {
         "largest": "As a denoiser it is worst there. The score divides the denoiser's error by sigma^2."}),
     "00.3": Q(4, "The error is proportional to n^-2.", {
-        2: "That is a sampler of first order, Euler's.", 8: "That is a sampler of third order."}),
-    "00.4": Q(15, "In float32 exp(-v) is 0 from about v = 103 on. How many standard deviations are that?", {
+        2: "That is a sampler of first order, Euler's.", 8: "That is a sampler of third order.",
+        0.25: "Turn it round: the error shrinks by a factor above 1."}, 0.05),
+    "00.4": Q(15, "In float32 exp(-v) is 0 from about v = 104 on. How many standard deviations are that?", {
         3: "exp(-3^2 / 2) is .01: no problem.", 100: "exp(-100^2 / 2) has 2,000 zeros. float32 has about 45.",
-        "never": "exp(-v) is 0 in float32 from about v = 103 on; then the score is 0 / 0."}),
+        "never": "exp(-v) is 0 in float32 from about v = 104 on; then the score is 0 / 0."}, 0.15),
     "00.E": Q(math.sqrt((0.25 / 0.26) ** 2 + 0.25 * 0.01 / 0.26), "There are two modes, and each has a width.", {
         0.1: "That is the width of one mode before anything was seen. Which mode it is, is not known.",
         0.25 / 0.26: "Nearly: the two modes are that far apart. Each of them also has a width.",
         (0.25 / 0.26) ** 2 + 0.25 * 0.01 / 0.26: "That is the variance.",
+        0.5: "That is sigma. Which of the two modes it is, is open.",
         math.sqrt(1.01): "That is the std of the data. xt = 0 moves both modes a little to the middle."}, 0.005),
-    "01.1": Q("none", "Choose between left, right and none.", {
+    "01.1": Q("nowhere", "Choose between left, right and nowhere.", {
         "left": "So it is at sigma = 1. At 0.1, do noised samples ever come where the left mode is felt?",
-        "right": "All samples are on the right mode already, with the right std."}),
+        "right": "All samples are on the right mode already, with the right std."}, also=("none", "no direction")),
     "01.2": Q(math.log(2), "On one mode, the data's density is half the student's.", {
         0: "The student would need the density of the data everywhere, and data have a second mode.",
-        0.5: "Half of the mass is missing: log(1 / .5) is more than .5."}),
+        0.5: "Half of the mass is missing: log(1 / .5) is more than .5.",
+        math.log(101) / 2 - math.log(2): "That is the forward KL."}),
     "01.3": Q("same", "Choose between grows, falls and same.", {
-        "grows": "The value is |g|^2 / 2. The swap changes the sign of g alone.",
-        "falls": "The value is |g|^2 / 2. The swap changes the sign of g alone."}),
+        "grows": "The value is |g|^2 / 2. The mistake changes the sign of g alone.",
+        "falls": "The value is |g|^2 / 2. The mistake changes the sign of g alone."}, also=("unchanged", "nothing", "equal")),
     "01.E": Q(math.sqrt(0.46864 - 0.01), "The second derivative at the middle must vanish: E[cosh(n / sqrt v)^-2] = v.", {
         math.sqrt(0.46864): "That is the root of v = std^2 + sigma^2. Take the std of the modes away.",
         0.46864: "That is v = std^2 + sigma^2."}, 0.01),
@@ -80,33 +98,35 @@ QUESTIONS = {
     "04.1": Q(0.8, "The best discriminator says p_real / (p_real + p_fake). Differentiate -log of it.", {
         0.2: "That is the saturating form, log(1 - sigmoid).", 4: "The ratio is 4. The factor lies between 0 and 1.",
         0.25: "The factor is p_fake / (p_real + p_fake), not p_real / p_fake."}),
-    "04.2": Q("same", "Choose between same, less and none.", {
+    "04.2": Q("same", "Choose between same, less and nothing.", {
         "less": "A frozen weight still lets a gradient pass to the layer's input.",
-        "none": "That is torch.no_grad(). A frozen weight still lets a gradient pass to the layer's input."}),
+        "nothing": "That is torch.no_grad(). A frozen weight still lets a gradient pass to the layer's input."}),
     "04.3": Q(0.8, "Without the GAN, nothing in the loss has seen data.", {
         0.5: "Without the GAN, nothing in the loss has seen data."}, 0.05),
     "04.E": Q(0.4, "The best discriminator compares the noised samples' density with that of clean data.", {
         0.5: "Then noised samples have variance .5^2 + .3^2. Clean data have .5^2.", 0.16: "That is the variance.",
         math.sqrt(0.34): "The noise is added to the generated samples: they must have less than .5 before it."}),
     "05.1": Q(0.559, "Follow v -> a^2 (v + sigma^2), step by step, with a = 1 / (1 + sigma^2).", {
-        1: "A denoiser answers with a mean, and a mean varies less than the data."}),
+        1: "A denoiser answers with a mean, and a mean varies less than the data.", 0.313: "That is the variance."}),
     "05.2": Q(4, "The ratio is (v + sigma^2) / (1 + sigma^2). Which step has the smallest sigma?", {
-        1: "The first step has pure noise for its input in both cases.",
+        1: "There sigma is 14.6, and sigma^2 = 214 covers the difference.",
         2: "There sigma is 4.08, and sigma^2 = 17 covers the difference.", 3: "There sigma is 1.61. The next step has less."}),
-    "05.3": Q("each", "Choose between first, second and each (each wins at home).", {
-        "first": "In use it wins. Asked on noised real data it is not at home.",
-        "second": "On noised real data it wins. In use its inputs are others."}),
+    "05.3": Q("each", "Choose between own, data and each.", {
+        "own": "In use it wins. Asked on noised real data it has not been trained.",
+        "data": "On noised real data it wins. In use its inputs are others."}, also=("both",)),
     "05.E": Q(math.sqrt((0.36 + SIGMA_249**2) / (1 + SIGMA_249**2)), "Its gain makes the variance 1 on its training inputs.", {
         1: "So it is on the inputs of its training. In use, they have variance .36 + sigma^2.",
         0.6: "Not that bad: the noise that is added is the same in both.",
         (0.36 + SIGMA_249**2) / (1 + SIGMA_249**2): "That is the variance."}, 0.01),
-    "06.1": Q("not at all", "Which term still holds x, and is alpha in it?", {
-        "linearly": "alpha stands before |d_real - d_fake|^2. Detached, that term has no gradient."}),
+    "06.1": Q("not at all", "Choose between the three words. Which term still holds x, and is alpha in it?", {
+        "linearly": "alpha stands before |d_real - d_fake|^2. Detached, that term has no gradient."},
+        also=("independent", "constant", "no", "none", "does not")),
     "06.2": Q(math.sqrt(11), "The slope is 2a (r - f)(r - 1 - alpha (r - f)). Where does the last factor change its sign?", {
         11: "That is a^2.", 1: "From there on it is too wide, and the loss pulls it back, at first.",
-        "none": "For alpha > 1 the last factor of the slope changes its sign at some a."}),
+        "never": "For alpha > 1 the last factor of the slope changes its sign at some a."}),
     "06.3": Q(math.sqrt(1 / 3), "Take the derivative of d_real away from the slope, and set the rest to 0.", {
-        1: "So it is with both Jacobians, or with none.", 1 / 3: "That is the variance."}),
+        1: "So it is with both Jacobians, or with none.", 1 / 3: "That is the variance.",
+        math.sqrt(2): "So it is the other way round, with the teacher's Jacobian alone."}),
     "06.E": Q(math.sqrt((1.5 * 0.25 + 0.09) / 0.5), "a^2 = (alpha s^2 + sigma^2) / (alpha - 1).", {
         (1.5 * 0.25 + 0.09) / 0.5: "That is a^2.", math.sqrt((1.5 * 0.25 + 9) / 0.5): "That is the edge at sigma = 3."}),
     "07.1": Q("spread", "Choose between dmd_loss, disc_loss, mesm, spread and mean.", {
@@ -208,12 +228,12 @@ QUESTIONS = {
         math.sqrt(0.73**2 / (2 * math.log(19)) - 0.01): "That is for one pixel. The distance is that of all 784.",
         APART / math.sqrt(math.log(19)): "A factor of 2 is missing below d^2.",
         APART**2 / (2 * math.log(19)): "That is the variance."}, 0.01),
-    "17.1": Q(0, "A mistake in a formula is still a formula.", {
+    "17.1": Q(0, "None. A wrong formula still computes finite numbers.", {
         1: "The one that mixes up dimensions can raise an error. Here its shapes fit."}),
     "17.2": Q(8, "Count the rows of the table whose first number is above 1.5.", {
-        12: "Some mistakes do no harm in this setting.", 5: "That answers the third question."}, 0.13),
+        12: "Some mistakes do no harm in this setting.", 5: "That answers the third question."}, 0.01),
     "17.3": Q(5, "The value of the loss is |g|^2 / 2. It need not know where the samples are.", {
-        12: "Three of the twelve show in the samples only, and some nowhere.", 8: "That answers the second question."}, 0.2),
+        12: "Three of the twelve show in the samples only, and some nowhere.", 8: "That answers the second question."}, 0.01),
     "17.E": Q(20, "d_real = s^2 xt / (s^2 + sigma^2). Compute both variances.", {
         10: "So it is for data of std 1.", 400: "That is the ratio of the variances.", 0.05: "The other way round."}, 0.01),
 }
@@ -243,8 +263,9 @@ def reply(key, answer):
     question = QUESTIONS[key]
     if answer is None:
         return f"{key}: not answered yet. Put your answer in place of None."
-    answer = answer if isinstance(answer, str) else float(answer)
     if question.matches(answer, question.right):
         return f"{key}: right."
     said = next((said for slip, said in question.slips.items() if question.matches(answer, slip)), question.hint)
-    return f"{key}: not yet. {said}"
+    no_number = number(answer) is None and not isinstance(question.right, str) and said == question.hint
+    kind = "Here a number is asked for. " * no_number
+    return f"{key}: not yet. {kind}{said}"

@@ -1,8 +1,9 @@
 """Put links to Colab and Binder into the notebooks: python -m tutorials.colab OWNER/NAME
 
-OWNER/NAME is the public GitHub repository that holds them: this project's or a course's fork.  Each notebook gets a line
-with two links and a first cell that installs the package where it is missing, with PyTorch for the CPU only where there is
-no PyTorch.  Run again with another address, it replaces the first one.  Binder reads .binder/requirements.txt.
+OWNER/NAME is the public GitHub repository that holds them on its branch main, this project's or a course's fork.  Each
+notebook gets a line with two links and a first cell that installs the package where it is missing, with PyTorch for the
+CPU only where there is no PyTorch.  Run again with another address, it replaces the first one.
+Binder reads .binder/requirements.txt.
 """
 
 import re
@@ -22,7 +23,7 @@ def install(*what):
 if importlib.util.find_spec("torch") is None:
     install("torch", "torchvision", "--index-url", "https://download.pytorch.org/whl/cpu")
 if importlib.util.find_spec("nano_dmd") is None:
-    install("nano_dmd[tutorials,sd] @ git+https://github.com/{repo}")'''
+    install("nano_dmd[sd] @ git+https://github.com/{repo}", "matplotlib")'''
 
 
 def link(notebook, name, repo):

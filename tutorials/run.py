@@ -67,7 +67,8 @@ def choose(names):
     """The notebooks whose files' names start with one of `names`; all of them without names."""
     chosen = [path for path in NOTEBOOKS if not names or path.name.startswith(tuple(names))]
     if not chosen:
-        raise UserError(f"no notebook starts with {' or '.join(names)}; there are {', '.join(p.stem for p in NOTEBOOKS)}")
+        known = ", ".join(p.stem for p in NOTEBOOKS) or "none beside this module: they come with a clone"
+        raise UserError(f"no notebook starts with {' or '.join(names) or 'anything'}; there are {known}")
     return chosen
 
 

@@ -11,6 +11,7 @@ For a hall without a network: `npm install reveal.js@4 mathjax@2 requirejs jquer
 --modules node_modules.
 """
 
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -60,11 +61,14 @@ def deck(notebook, code=False):
 
     for cell in notebook.cells:
         if cell.cell_type == "markdown" and cell.source.startswith("<details>"):
-            add(new_markdown_cell(re.sub(r"<.*?>", " ", cell.source.split("</details>")[0])), "notes")
+            folded, _, rest = cell.source.rpartition("</details>")
+            add(new_markdown_cell(re.sub(r"</?(details|summary)>", " ", folded)), "notes")
+            for _, text in sections(rest.strip()) if rest.strip() else ():
+                add(new_markdown_cell(text), "subslide")
         elif cell.cell_type == "markdown":
             for starts, text in sections(cell.source):
                 add(new_markdown_cell(text), "slide" if starts else "subslide")
-        elif 'check("' not in cell.source and "guess_1" not in cell.source:
+        elif 'check("' not in cell.source and "guess_1" not in cell.source and cell.get("id") != "install":
             if code:
                 add(new_code_cell(cell.source), "subslide")
             for output in cell.outputs:
@@ -77,15 +81,13 @@ def deck(notebook, code=False):
 
 
 MODULES = dict(reveal_url_prefix="reveal.js", mathjax_url="mathjax/MathJax.js?config=TeX-AMS_CHTML-full,Safe",
-               require_js_url="requirejs/require.js", jquery_url="jquery/dist/jquery.min.js")
+               require_js_url="requirejs/require.js", jquery_url="jquery/dist/jquery.min.js",
+               mermaid_js_url="mermaid/dist/mermaid.esm.min.mjs")         # not used: it may be absent
 
 
 def html(notebook, title, modules=None):
     """The page of a deck, as text; `modules` is where the scripts lie if not on their public servers."""
-    try:
-        from nbconvert import SlidesExporter
-    except ImportError as e:
-        raise UserError("slides need nbconvert: pip install nbconvert") from e
+    from nbconvert import SlidesExporter
 
     urls = {name: f"{modules}/{path}" for name, path in MODULES.items()} if modules else {}
     exporter = SlidesExporter(exclude_input_prompt=True, exclude_output_prompt=True, reveal_scroll=True, reveal_theme="white",
@@ -101,6 +103,8 @@ def main(argv=None):
     p.add_argument("--code", action="store_true", help="with the cells of code")
     p.add_argument("--modules", metavar="DIR", help="npm's folder with the scripts; without it a browser fetches them")
     args = p.parse_args(argv)
+    if importlib.util.find_spec("nbconvert") is None:
+        raise UserError("slides need nbconvert: pip install nbconvert")
     os.environ["NANO_DMD_DPI"] = str(DPI)                         # read by tutorials.show, in the kernel
     for path in choose(args.names):
         page = html(deck(execute(path), args.code), path.stem, args.modules)

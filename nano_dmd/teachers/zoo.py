@@ -131,10 +131,11 @@ def fitted(recipe, data):
     if recipe["network"] == "mlp":
         return recipe
     channels, side, _ = data.shape
-    levels = {"unet": 1, "edm": len(SMALL_EDM["channel_mult"]) - 1}[recipe["network"]]
-    if side % 2**levels:
+    # SMALL_EDM halves twice, UNet once
+    step = 4 if recipe["network"] == "edm" else 2 * recipe["args"].get("patch", 1)
+    if side % step:
         raise files.UserError(f"the images of {data.name} have {side} pixels a side: this teacher "
-                              f"needs a multiple of {2**levels}")
+                              f"needs a multiple of {step}")
     sizes = {"unet": dict(channels=channels, classes=data.classes),
              "edm": dict(img_resolution=side, img_channels=channels, label_dim=data.classes)}
     return dict(recipe, args=recipe["args"] | sizes[recipe["network"]])
@@ -210,7 +211,7 @@ def nonsense(recipe):
         wanted = [args["unet"]["in_channels"], shape[-1], shape[-1]], known
     sides = set(shape[1:])
     right = (shape, classes) == wanted and all(0 < n <= 4096 for n in sides)
-    if not right or kind == "unet" and shape[1] % 2:
+    if not right or kind == "unet" and shape[1] % (2 * args.get("patch", 1)):
         return f"shape {shape}, {classes} classes do not fit the network's arguments"
     return ""
 

@@ -107,7 +107,7 @@ def test_a_teacher_is_described_in_possible_numbers(change, run):
 
 
 def test_networks_of_the_shipped_recipes_are_possible(run):
-    shape = dict(toy=[2], flow=[2], digits=[1, 8, 8])
+    shape = dict(toy=[2], flow=[2], digits=[1, 8, 8], mnist=[1, 28, 28])
     for name, recipe in zoo.RECIPES.items():
         classes = 0 if name in ("toy", "flow") else 10
         assert zoo.nonsense(recipe | dict(shape=shape.get(name, [3, 32, 32]), classes=classes)) == "", name

@@ -10,6 +10,7 @@ import struct
 import urllib.error
 import zipfile
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -262,7 +263,7 @@ def test_wrong_zips(tmp_path, pixels):
 
 def test_a_name_that_is_no_data_set():
     for name in ("cifar100", "/nowhere/images"):
-        with pytest.raises(UserError, match=f"no data set '{name}': use digits, cifar10, toy:NAME, a folder"):
+        with pytest.raises(UserError, match=f"no data set '{name}': use digits, mnist, cifar10, toy:NAME, a folder"):
             load_data(name)
     with pytest.raises(UserError, match="no mixture 'toy:square'"):
         load_data("toy:square")
@@ -442,7 +443,8 @@ def test_shipped_digits(name, count, side, levels):
     assert shipped.x.shape == (count, 1, side, side) and shipped.classes == 10 and shipped.name == name == data.identity(name)
     assert shipped.x.min() == -1 and shipped.x.max() == 1 and len(shipped.x.unique()) <= levels
     each = torch.bincount(shipped.labels)
-    assert each.sum() == count and (each == 500).all() if name == "mnist" else each.min() > 150
+    assert each.sum() == count and each.min() > 150
+    assert name != "mnist" or (each == 500).all()
     assert data.SHIPPED[name][0] in (data.ASSETS / "ATTRIBUTION.md").read_text()
 
 
@@ -451,7 +453,11 @@ def test_mnist_is_a_preset_of_every_method():
     for method in METHODS:
         small, large = resolve(dict(preset="digits", method=method)), resolve(dict(preset="mnist", method=method))
         assert (small.teacher, large.teacher) == ("digits", "mnist")
+        assert replace(large, preset=small.preset, teacher="digits", out=small.out) == small
     net = zoo.untrained(zoo.RECIPES["mnist"])
     x = torch.zeros(2, 1, 28, 28)
     assert net(x, torch.ones(2), torch.tensor([0, 9])).shape == x.shape
     assert zoo.nonsense(zoo.RECIPES["mnist"] | dict(shape=[1, 28, 28], classes=10)) == ""
+    assert "do not fit" in zoo.nonsense(zoo.RECIPES["mnist"] | dict(shape=[1, 10, 10], classes=10))
+    with pytest.raises(UserError, match="have 10 pixels a side: this teacher needs a multiple of 4"):
+        zoo.fitted(zoo.RECIPES["mnist"], TensorData(torch.zeros(2, 1, 10, 10)))

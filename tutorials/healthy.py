@@ -1,0 +1,101 @@
+"""Healthy or sick?  The numbers of log.jsonl in good runs, and in runs that are ill on purpose.
+
+    python -m tutorials.healthy docs/healthy.png --out runs/healthy          trains eight students of digits, 9 minutes
+    python -m tutorials.healthy docs/methods.png --runs runs/family          one run of each row of a comparison instead
+
+In the first figure a row is an illness of `dmd2`: orange is the sick run, the grey band holds three good ones. A run that
+is in the folder already is not trained again.
+"""
+
+from pathlib import Path
+
+import torch.nn.functional as F
+
+from nano_dmd import train
+from nano_dmd.dmd_loss import dmd_loss
+from nano_dmd.engine.config import parser
+from nano_dmd.engine.files import UserError, command
+from nano_dmd.methods import METHODS
+from nano_dmd.networks import Block
+from nano_dmd.plot import COLOURS, FORMATS, MISSING, figure, have_matplotlib, read_log, save_figure
+
+GOOD = "--preset digits --method dmd2 --critic_steps 2 --steps 400 --w_gan 0 --w_disc 0 --log_every 10"
+SICK = {
+    "generator's rate x 20": "--lr_generator 2e-2",
+    "critic's rate x .01": "--lr_critic 1e-5 --critic_steps 1",
+    "sign of the gradient": "--method climbing",
+    "dropout in the fake score": "--method shaky",
+    "guidance 6": "--guidance 6"}
+SHOWN = {
+    "mesm, sigma .15": lambda r: r["mesm"][1], "fake_loss, sigma .15": lambda r: r["fake_loss"][1],
+    "gradient": lambda r: next(iter(r["grad"].values()), None), "x_std": lambda r: r["x_std"], "spread": lambda r: r["spread"]}
+
+
+def climbing_loss(x, nets, batch, cfg):
+    """DMD's gradient with the wrong sign."""
+    return -dmd_loss(x, nets, batch, cfg)
+
+
+def shaky_loss(x, nets, batch, cfg):
+    """DMD's loss with dropout of .13 in each block of the fake score, as if it had been left in train mode."""
+    blocks = [m for m in nets.fake.modules() if isinstance(m, Block)]
+    hooks = [m.register_forward_hook(lambda block, inputs, out: F.dropout(out, 0.13)) for m in blocks]
+    loss = dmd_loss(x, nets, batch, cfg)
+    for hook in hooks:
+        hook.remove()
+    return loss
+
+
+def logs_of(out):
+    """({illness: lines of its log}, [lines of three good runs' logs]); trains what is not in the folder."""
+    for name, loss in (("climbing", climbing_loss), ("shaky", shaky_loss)):
+        METHODS[name] = METHODS["dmd2"]._replace(generator=[("w_dm", loss)])
+    runs = {f"good-{seed}": f"--seed {seed}" for seed in range(3)} | SICK
+    for name, flags in runs.items():
+        if not (out / name / "report.json").exists():
+            begun = (out / name / "checkpoint.pt").exists()
+            train.main([*(["--resume"] if begun else GOOD.split() + flags.split()), "--out", str(out / name)])
+    return {name: read_log(out / name) for name in SICK}, [read_log(out / f"good-{seed}") for seed in range(3)]
+
+
+def draw(rows, good=()):
+    """The figure: a row of panels for each log, a column for each number; `good` logs make the band."""
+    fig, axes = figure(len(rows), len(SHOWN), 13, 0.6 + 1.7 * len(rows))
+    for line_of_axes, (name, log) in zip(axes, rows.items()):
+        for ax, (what, value) in zip(line_of_axes, SHOWN.items()):
+            found = [[value(r) for r in lines] for lines in good]
+            if found:
+                ax.fill_between([r["step"] for r in good[0]], *[[f(v) for v in zip(*found)] for f in (min, max)], color="0.75")
+            ax.plot([r["step"] for r in log], [value(r) for r in log], color=COLOURS[1 if good else 0], lw=1.2)
+            known = log[0].get("teacher", {}).get(what)
+            if known is not None:
+                ax.axhline(known, color=COLOURS[2], ls="--", lw=1)
+            ax.set(title=what if ax in axes[0] else "", yscale="linear" if what in ("x_std", "spread") else "log")
+            ax.tick_params(labelsize=7, which="both")
+        line_of_axes[0].set_ylabel(name, fontsize=9)
+    return fig
+
+
+def main(argv=None):
+    p = parser("python -m tutorials.healthy", __doc__)
+    p.add_argument("picture", type=Path, help="file to write: " + ", ".join(FORMATS))
+    p.add_argument("--out", type=Path, default=Path("runs/healthy"), help="folder of the runs")
+    p.add_argument("--runs", type=Path, help="a folder of nano_dmd.compare: draw its runs")
+    args = p.parse_args(argv)
+    if args.picture.suffix.lower() not in FORMATS:
+        raise UserError(f"cannot write a picture {args.picture}: its name must end in {', '.join(FORMATS)}")
+    if not have_matplotlib():
+        raise UserError(MISSING)
+    if args.runs:
+        first = {log.parent.parent.name: log.parent for log in sorted(args.runs.glob("*/*/log.jsonl"), reverse=True)}
+        if not first:
+            raise UserError(f"no runs in {args.runs}: run nano_dmd.compare into it")
+        found = {name: read_log(folder) for name, folder in sorted(first.items())}, []
+    else:
+        found = logs_of(args.out)
+    save_figure(draw(*found), args.picture)
+    print(f"wrote {args.picture}")
+
+
+if __name__ == "__main__":
+    command(main)
