@@ -99,7 +99,7 @@ def html(notebook, title, modules=None):
 def main(argv=None):
     p = parser("python -m tutorials.slides", __doc__)
     p.add_argument("names", nargs="*", metavar="NAME", help="how the file's name starts, 02 for example")
-    p.add_argument("--to", type=Path, default=Path("slides"), metavar="DIR", help="folder of the pages")
+    p.add_argument("--to", type=Path, default=Path("slides"), metavar="DIR", help="folder of the pages (default: slides)")
     p.add_argument("--code", action="store_true", help="with the cells of code")
     p.add_argument("--modules", metavar="DIR", help="npm's folder with the scripts; without it a browser fetches them")
     args = p.parse_args(argv)

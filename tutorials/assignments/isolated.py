@@ -160,7 +160,10 @@ def run_task(name, task, path, seed):
             line = Line(ours, time.monotonic() + 3 * seconds)     # wall time: a busy machine is not the student's fault
             answers, why = judge(known, task, path, seed, line)
         status = at.over()
-        if line.late or status in (-signal.SIGXCPU, -signal.SIGKILL) and why == "gone":
+        if line.late:
+            why = (f"no answer in {3 * seconds} s: is there a loop without an end, or was this machine too busy? "
+                   f"Then grade again")
+        elif status in (-signal.SIGXCPU, -signal.SIGKILL) and why == "gone":
             why = f"stopped after {seconds} s of computing: is there a loop without an end?"
         elif why in ("gone", "late"):
             why = f"the code ended the whole process (exit status {status}): functions return, they do not exit"
