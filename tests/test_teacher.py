@@ -362,6 +362,19 @@ def test_patches():
     assert UNet(width=8, emb=16).state_dict().keys() == net.state_dict().keys()
 
 
+@pytest.mark.parametrize("patch", [1, 2])
+def test_patches_are_places_of_a_convolution(patch):
+    """The first layer is a 3x3 convolution over patches, as pixel_unshuffle lays them out.  Moved input is moved output."""
+    torch.manual_seed(0)
+    net, x = UNet(width=4, emb=8, patch=patch), normal(1, 1, 96, 96).float()
+    w = net.conv_in.weight.view(4, 3, patch, 3, patch).permute(0, 2, 4, 1, 3).reshape(4, patch**2, 3, 3)
+    places = torch.nn.functional.conv2d(torch.nn.functional.pixel_unshuffle(x, patch), w, net.conv_in.bias, padding=1)
+    assert_close(net.conv_in(x), places, rtol=1e-4, atol=1e-5)
+    net.conv_out.weight.data.normal_()
+    down = net(x.roll(4, 2), torch.zeros(1))                      # 4 = a place of the half resolution
+    assert_close(down[..., 44:56, 42:54], net(x, torch.zeros(1))[..., 40:52, 42:54], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("dim, octaves", [(1, 3), (2, 5)])
 def test_mlp_sees_octaves(dim, octaves):
     """The first layer gets the point, then sines and cosines of pi/2 2^k of each coordinate and of 1, 2, 4, 8 c_noise."""
