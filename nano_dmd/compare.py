@@ -86,8 +86,8 @@ def last_words(done):
         return f"was killed by signal {-done.returncode} ({name}){full}"
     lines = done.stderr.strip().splitlines() or ["it said nothing"]
     said = [line for line in lines if line.startswith("error: ")]
-    ended = f"ended with exit code {done.returncode}: {lines[-1]:.200}"
-    return f"failed: {said[-1]}" if said else ended
+    return (f"failed: {said[-1]}" if said else
+            f"ended with exit code {done.returncode}: {lines[-1]:.200}")
 
 
 def teacher_of(cfg):

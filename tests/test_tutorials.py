@@ -16,8 +16,14 @@ import pytest
 import torch
 
 from nano_dmd import noise
+from nano_dmd.denoiser import EDM
+from nano_dmd.dmd_loss import dmd_loss
 from nano_dmd.engine import config
+from nano_dmd.engine.build import build
+from nano_dmd.engine.draw import Batch
 from nano_dmd.engine.files import UserError
+from nano_dmd.networks import UNet
+from nano_dmd.teacher import Teacher
 from tutorials import answers, colab, copying, equations, healthy, run, slides
 
 ROOT = Path(__file__).parents[1]
@@ -228,6 +234,18 @@ def test_a_wrong_answer_has_its_own_reply(key):
         assert answers.reply(key, torch.tensor(float(question.right))) == f"{key}: right."
 
 
+@pytest.mark.parametrize("key, typed", [
+    ("00.2", "The smallest."), ("01.1", "none"), ("01.3", "unchanged"), ("06.1", "Not at all"), ("08.1", "4.9 %"), ("00.3", "4"),
+    ("11.2", 0.01)])
+def test_other_ways_to_type_the_right_answer(key, typed):
+    assert answers.reply(key, typed) == f"{key}: right."
+
+
+def test_a_word_where_a_number_is_asked_for():
+    assert answers.reply("00.3", "smaller").startswith("00.3: not yet. Here a number is asked for. ")
+    assert "Here a number" not in answers.reply("00.3", 3) and "Here a number" not in answers.reply("00.4", "never")
+
+
 @pytest.mark.parametrize("path", run.NOTEBOOKS, ids=lambda p: p.stem)
 def test_every_question_is_asked_once_and_no_answer_shown(path):
     """Blanks are None, and check() gets a key and a blank, so that no cell of a question holds its answer."""
@@ -322,7 +340,7 @@ def test_commands_of_the_tutorials(tmp_path, monkeypatch, capsys):
 
 
 def test_sick_runs_differ_in_their_illness_alone():
-    """Each sick run has the good ones' settings but for what its row names; the two wrong losses are DMD's otherwise."""
+    """Each sick run has the good ones' settings but for what its row names."""
     def settings(flags):
         p = config.parser("train", "")
         config.add_config_flags(p)
@@ -334,6 +352,27 @@ def test_sick_runs_differ_in_their_illness_alone():
         if "method" not in changed:
             sick = settings(f"{healthy.GOOD} {flags}")
             assert {name for name in good if good[name] != sick[name]} <= changed | {"out"}, flags
+
+
+def test_sick_losses():
+    """climbing is DMD's loss with the other sign; shaky has dropout while it asks the fake score, and none afterwards."""
+    torch.manual_seed(0)
+    cfg = config.resolve(dict(preset="digits", method="dmd2", bf16=False))
+    nets, _ = build(cfg, Teacher("images", EDM(UNet()), (1, 8, 8), 10, 0.5, "", EDM(UNet())), torch.device("cpu"))
+    for net in (nets.fake, nets.real.denoiser):
+        for p in net.parameters():
+            p.data = 0.1 * torch.randn_like(p)
+    x, batch = torch.randn(16, 1, 8, 8), lambda: Batch(torch.randn(1, 16, 1, 8, 8), torch.arange(16) % 10)
+
+    def gradient(loss):
+        torch.manual_seed(1)                                      # the same noise for each loss
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(loss(leaf, nets, batch(), cfg).mean(), leaf)[0]
+
+    right, sick = gradient(dmd_loss), gradient(healthy.shaky_loss)
+    assert right.abs().sum() > 0 and torch.equal(gradient(healthy.climbing_loss), -right)
+    assert 0.1 < torch.cosine_similarity(right.flatten(), sick.flatten(), 0) < 0.999
+    assert torch.equal(gradient(dmd_loss), right)                 # the hooks are gone
 
 
 def test_figure_of_health(tmp_path, capsys):

@@ -13,6 +13,13 @@ from nano_dmd.engine.files import UserError, command, read_json
 from nano_dmd.plot import COLOURS, FORMATS, STYLES, figure, save_figure
 
 
+def picture(name):
+    """The Path of a picture to write.  raises UserError for a name that says no kind of picture."""
+    if not name.lower().endswith(FORMATS):
+        raise UserError(f"cannot write a picture {name}: its name must end in {', '.join(FORMATS)}")
+    return Path(name)
+
+
 def pairings(folder):
     """{method: (mean, spread)} of a comparison's folder.  raises UserError if it has none."""
     found = {}
@@ -42,11 +49,9 @@ def draw(names, columns):
 
 def main(argv=None):
     p = parser("python -m tutorials.copying", __doc__)
-    p.add_argument("picture", type=Path, help="file to write: " + ", ".join(FORMATS))
+    p.add_argument("picture", type=picture, help="file to write: " + ", ".join(FORMATS))
     p.add_argument("sets", nargs="+", metavar="NAME=FOLDER", help="a data set and its folder of nano_dmd.compare")
     args = p.parse_args(argv)
-    if args.picture.suffix.lower() not in FORMATS:
-        raise UserError(f"cannot write a picture {args.picture}: its name must end in {', '.join(FORMATS)}")
     if wrong := [s for s in args.sets if "=" not in s]:
         raise UserError(f"expected NAME=FOLDER, got {wrong[0]!r}")
     names, folders = zip(*(s.split("=", 1) for s in args.sets))

@@ -18,6 +18,7 @@ from nano_dmd.engine.files import UserError, command
 from nano_dmd.methods import METHODS
 from nano_dmd.networks import Block
 from nano_dmd.plot import COLOURS, FORMATS, MISSING, figure, have_matplotlib, read_log, save_figure
+from tutorials.copying import picture
 
 GOOD = "--preset digits --method dmd2 --critic_steps 2 --steps 400 --w_gan 0 --w_disc 0 --log_every 10"
 SICK = {
@@ -78,12 +79,10 @@ def draw(rows, good=()):
 
 def main(argv=None):
     p = parser("python -m tutorials.healthy", __doc__)
-    p.add_argument("picture", type=Path, help="file to write: " + ", ".join(FORMATS))
+    p.add_argument("picture", type=picture, help="file to write: " + ", ".join(FORMATS))
     p.add_argument("--out", type=Path, default=Path("runs/healthy"), help="folder of the runs")
     p.add_argument("--runs", type=Path, help="a folder of nano_dmd.compare: draw its runs")
     args = p.parse_args(argv)
-    if args.picture.suffix.lower() not in FORMATS:
-        raise UserError(f"cannot write a picture {args.picture}: its name must end in {', '.join(FORMATS)}")
     if not have_matplotlib():
         raise UserError(MISSING)
     if args.runs:

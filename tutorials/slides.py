@@ -39,13 +39,14 @@ def sections(text):
     found = []
     for part in re.split(r"\n(?=#+ )", text):
         group, size, first = [], 0, True
-        for paragraph in re.split(r"\n\s*\n|\n(?=[*-] )", part.strip()):
+        for paragraph in filter(None, re.split(r"\n\s*\n|\n(?=[*-] )", part.strip())):
             words = 25 if paragraph.startswith("$$") else len(paragraph.split())
             if group and size + words > WORDS and not paragraph.startswith("$$") and not group[-1].startswith("#"):
                 found.append((first, "\n\n".join(group)))
                 group, size, first = [], 0, False
             group, size = group + [paragraph], size + words
-        found.append((first and part.startswith("#"), "\n\n".join(group)))
+        if group:
+            found.append((first and part.startswith("#"), "\n\n".join(group)))
     return found
 
 
@@ -60,13 +61,11 @@ def deck(notebook, code=False):
         slides.append(cell)
 
     for cell in notebook.cells:
-        if cell.cell_type == "markdown" and cell.source.startswith("<details>"):
-            folded, _, rest = cell.source.rpartition("</details>")
-            add(new_markdown_cell(re.sub(r"</?(details|summary)>", " ", folded)), "notes")
-            for _, text in sections(rest.strip()) if rest.strip() else ():
-                add(new_markdown_cell(text), "subslide")
-        elif cell.cell_type == "markdown":
-            for starts, text in sections(cell.source):
+        if cell.cell_type == "markdown":
+            folded, _, told = cell.source.rpartition("</details>")
+            if folded:
+                add(new_markdown_cell(re.sub(r"</?(details|summary)>", " ", folded)), "notes")
+            for starts, text in sections(told):
                 add(new_markdown_cell(text), "slide" if starts else "subslide")
         elif 'check("' not in cell.source and "guess_1" not in cell.source and cell.get("id") != "install":
             if code:

@@ -118,9 +118,9 @@ def fit_or_load(name, data_name, recipe, device, steps=0, seed=0, show=True, com
 def random_teacher(args, device):
     """(network, recipe) of one of RANDOM, which goes with images of noise."""
     side, classes = args["img_resolution"], args["label_dim"]
-    recipe = dict(network="edm", args=args, sigma_data=0.5, bf16=False, seconds=0.0,
-                  cpu_seconds=0.0, shape=[3, side, side], classes=classes,
-                  data=f"random:3x{side}:{classes}")
+    recipe = dict(network="edm", args=args, sigma_data=0.5, bf16=False, shape=[3, side, side],
+                  classes=classes, data=f"random:3x{side}:{classes}", seconds=0.0,
+                  cpu_seconds=0.0)
     with machine.forked(device):
         torch.manual_seed(0)
         return untrained(recipe).to(device).requires_grad_(False).eval(), recipe
@@ -130,15 +130,15 @@ def fitted(recipe, data):
     """The recipe with a network for images of this data's size, channels and classes."""
     if recipe["network"] == "mlp":
         return recipe
-    channels, side, _ = data.shape
-    # SMALL_EDM halves twice, UNet once
-    step = 4 if recipe["network"] == "edm" else 2 * recipe["args"].get("patch", 1)
+    args, (channels, side, _) = recipe["args"], data.shape
+    # each level but the first halves; UNet has two
+    step = 2 ** (len(args.get("channel_mult", [1, 2])) - 1) * args.get("patch", 1)
     if side % step:
         raise files.UserError(f"the images of {data.name} have {side} pixels a side: this teacher "
                               f"needs a multiple of {step}")
     sizes = {"unet": dict(channels=channels, classes=data.classes),
              "edm": dict(img_resolution=side, img_channels=channels, label_dim=data.classes)}
-    return dict(recipe, args=recipe["args"] | sizes[recipe["network"]])
+    return dict(recipe, args=args | sizes[recipe["network"]])
 
 
 def untrained(recipe, device="cpu"):
