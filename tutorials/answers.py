@@ -1,4 +1,4 @@
-"""The answers to the questions of the notebooks: reading on spoils them.
+"""The answers to the questions of the notebooks.  Try the questions before you read on.
 
     check("04.1", 0.8)           what a notebook calls: right, or what this wrong number suggests
 
