@@ -379,8 +379,9 @@ def test_figure_of_health(tmp_path, capsys):
     """The rows of a comparison, or sick runs over a band; a mistake is one sentence before anything is trained."""
     line = {"step": 10, "mesm": [0.1] * 5, "fake_loss": [0.2] * 5, "grad": {"dmd_loss": 1.0}, "x_std": 0.7, "spread": 0.4}
     log = [line | {"teacher": {"x_std": 0.75}}, line | {"step": 20}]
-    assert len(healthy.draw({"a": log, "b": [line, line]}, [log, log]).axes) == 2 * len(healthy.SHOWN)
-    assert len(healthy.draw({"a": log}).axes) == len(healthy.SHOWN)
+    assert len(healthy.draw({"a": [log], "b": [[line, line]]}, [log, log]).axes) == 2 * len(healthy.SHOWN)
+    fig = healthy.draw({"a": [log, log], "b": [[line | {"x_std": 7.0, "mesm": [0] * 5}]]})         # no band: seeds, one scale
+    assert len(fig.axes[0].lines) == 2 and fig.axes[3].get_ylim() == fig.axes[8].get_ylim() and fig.axes[3].get_ylim()[1] > 7
     for arguments, sentence in ((["x.txt"], "must end in .png"), (["x.png", "--runs", str(tmp_path)], "no runs in")):
         with pytest.raises(UserError, match=sentence):
             healthy.main(arguments)

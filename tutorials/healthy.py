@@ -1,11 +1,13 @@
 """Healthy or sick?  The numbers of log.jsonl in good runs, and in runs that are ill on purpose.
 
     python -m tutorials.healthy docs/healthy.png --out runs/healthy          trains eight students of digits, 9 minutes
-    python -m tutorials.healthy docs/methods.png --runs runs/family          one run of each row of a comparison instead
+    python -m tutorials.healthy docs/methods.png --runs runs/family          the runs of a comparison instead, a row a method
 
 In the first figure a row is an illness of `dmd2`: orange is the sick run, the grey band holds three good ones. A run that
-is in the folder already is not trained again.
+is in the folder already is not trained again. In the second each thin line is a seed, and a column has one scale.
 """
+
+import math
 
 from pathlib import Path
 
@@ -28,7 +30,7 @@ SICK = {
     "dropout in the fake score": "--method shaky",
     "guidance 6": "--guidance 6"}
 SHOWN = {
-    "mesm, sigma .15": lambda r: r["mesm"][1], "fake_loss, sigma .15": lambda r: r["fake_loss"][1],
+    "mesm, sigma .15": lambda r: r["mesm"][1] or math.nan, "fake_loss, sigma .15": lambda r: r["fake_loss"][1],
     "gradient": lambda r: next(iter(r["grad"].values()), None), "x_std": lambda r: r["x_std"], "spread": lambda r: r["spread"]}
 
 
@@ -48,7 +50,7 @@ def shaky_loss(x, nets, batch, cfg):
 
 
 def logs_of(out):
-    """({illness: lines of its log}, [lines of three good runs' logs]); trains what is not in the folder."""
+    """({illness: [lines of its log]}, [lines of three good runs' logs]); trains what is not in the folder."""
     for name, loss in (("climbing", climbing_loss), ("shaky", shaky_loss)):
         METHODS[name] = METHODS["dmd2"]._replace(generator=[("w_dm", loss)])
     runs = {f"good-{seed}": f"--seed {seed}" for seed in range(3)} | SICK
@@ -56,22 +58,25 @@ def logs_of(out):
         if not (out / name / "report.json").exists():
             begun = (out / name / "checkpoint.pt").exists()
             train.main([*(["--resume"] if begun else GOOD.split() + flags.split()), "--out", str(out / name)])
-    return {name: read_log(out / name) for name in SICK}, [read_log(out / f"good-{seed}") for seed in range(3)]
+    return {name: [read_log(out / name)] for name in SICK}, [read_log(out / f"good-{seed}") for seed in range(3)]
 
 
 def draw(rows, good=()):
-    """The figure: a row of panels for each log, a column for each number; `good` logs make the band."""
-    fig, axes = figure(len(rows), len(SHOWN), 13, 0.6 + 1.7 * len(rows))
-    for line_of_axes, (name, log) in zip(axes, rows.items()):
-        for ax, (what, value) in zip(line_of_axes, SHOWN.items()):
+    """The figure: a row of panels for each list of logs, a column for each number; `good` logs make the band."""
+    fig, axes = figure(len(rows), len(SHOWN), 13, 0.6 + (1.7 if good else 1.3) * len(rows))
+    for line_of_axes, (name, logs) in zip(axes, rows.items()):
+        for ax, top, (what, value) in zip(line_of_axes, axes[0], SHOWN.items()):
             found = [[value(r) for r in lines] for lines in good]
             if found:
                 ax.fill_between([r["step"] for r in good[0]], *[[f(v) for v in zip(*found)] for f in (min, max)], color="0.75")
-            ax.plot([r["step"] for r in log], [value(r) for r in log], color=COLOURS[1 if good else 0], lw=1.2)
-            known = log[0].get("teacher", {}).get(what)
+            elif ax is not top:
+                ax.sharey(top)
+            for log in logs:
+                ax.plot([r["step"] for r in log], [value(r) for r in log], color=COLOURS[1], lw=1.2 if good else 0.7)
+            known = logs[0][0].get("teacher", {}).get(what)
             if known is not None:
                 ax.axhline(known, color=COLOURS[2], ls="--", lw=1)
-            ax.set(title=what if ax in axes[0] else "", yscale="linear" if what in ("x_std", "spread") else "log")
+            ax.set(title=what if ax is top else "", yscale="linear" if what in ("x_std", "spread") else "log")
             ax.tick_params(labelsize=7, which="both")
         line_of_axes[0].set_ylabel(name, fontsize=9)
     return fig
@@ -81,15 +86,16 @@ def main(argv=None):
     p = parser("python -m tutorials.healthy", __doc__)
     p.add_argument("picture", type=picture, help="file to write: " + ", ".join(FORMATS))
     p.add_argument("--out", type=Path, default=Path("runs/healthy"), help="folder of the runs")
-    p.add_argument("--runs", type=Path, help="a folder of nano_dmd.compare: draw its runs")
+    p.add_argument("--runs", type=Path, help="a folder of nano_dmd.compare: draw its runs, all seeds")
     args = p.parse_args(argv)
     if not have_matplotlib():
         raise UserError(MISSING)
     if args.runs:
-        first = {log.parent.parent.name: log.parent for log in sorted(args.runs.glob("*/*/log.jsonl"), reverse=True)}
-        if not first:
+        runs = sorted(log.parent for log in args.runs.glob("*/*/log.jsonl"))
+        if not runs:
             raise UserError(f"no runs in {args.runs}: run nano_dmd.compare into it")
-        found = {name: read_log(folder) for name, folder in sorted(first.items())}, []
+        names = sorted({folder.parent.name for folder in runs})
+        found = {name: [read_log(f) for f in runs if f.parent.name == name] for name in names}, []
     else:
         found = logs_of(args.out)
     save_figure(draw(*found), args.picture)
