@@ -60,8 +60,8 @@ PRESETS |= {
     "digits-phased": dict(steps=550, critic_steps=2, sigmas="2.5,0.6", ode_steps=True),
 }
 
-# 28x28 digits, 5,000 of MNIST, six minutes with the teacher: the settings of the 8x8 ones. But there
-# is more noise between two steps: a 28x28 digit is seen through 0.6, and the last step collapses.
+# 28x28 digits, 5,000 of MNIST, six minutes with the teacher: the settings of the 8x8 ones.  But two
+# steps have more noise between them: at 0.6 the digit is still visible, and the last step collapses.
 MNIST = {"digits": dict(teacher="mnist"), "digits-tdm": dict(sigmas="10,2"),
          "digits-phased": dict(sigmas="10,2")}
 PRESETS |= {name.replace("digits", "mnist"): preset | MNIST.get(name, {})
