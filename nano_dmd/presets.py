@@ -61,7 +61,7 @@ PRESETS |= {
 }
 
 # 28x28 digits, 5,000 of MNIST, six minutes with the teacher: the settings of the 8x8 ones.  But two
-# steps have more noise between them: at 0.6 the digit is still visible, and the last step collapses.
+# steps have more noise between them: at 0.6 one sees the digit, and the last step collapses.
 MNIST = {"digits": dict(teacher="mnist"), "digits-tdm": dict(sigmas="10,2"),
          "digits-phased": dict(sigmas="10,2")}
 PRESETS |= {name.replace("digits", "mnist"): preset | MNIST.get(name, {})
