@@ -83,6 +83,8 @@ def test_rules_are_seen_to_be_broken():
     assert broken(lambda cells: None) == []
     assert broken(lambda cells: None, size=600_000) == ["600 KB, more than 500"]
     assert broken(set_source("x = 1\n" * 21)) == ["a cell has 21 lines"]
+    assert broken(set_source(f"x = {'1' * 107}")) == ["a line of code has 111 columns"]
+    assert broken(set_source(f"x = {'1' * 106}")) == []
     assert broken(lambda cells: cells[0].update(source=cells[0].source + " word" * 500)) == [
         "614 words before the first picture, more than 500"]
     assert broken(set_source("%matplotlib inline")) == ["magic or shell command"]
