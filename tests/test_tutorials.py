@@ -27,7 +27,7 @@ from nano_dmd.teacher import Teacher
 from tutorials import answers, colab, copying, equations, healthy, run, slides
 
 ROOT = Path(__file__).parents[1]
-NUMBERS = ("00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11", "12", "13", "14", "15", "16", "17")
+NUMBERS = ("00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11", "12", "13", "14", "15", "16", "17", "18")
 
 
 def test_none_is_missing():
@@ -83,6 +83,8 @@ def test_rules_are_seen_to_be_broken():
     assert broken(lambda cells: None) == []
     assert broken(lambda cells: None, size=600_000) == ["600 KB, more than 500"]
     assert broken(set_source("x = 1\n" * 21)) == ["a cell has 21 lines"]
+    assert broken(set_source(f"x = {'1' * 107}")) == ["a line of code has 111 columns"]
+    assert broken(set_source(f"x = {'1' * 106}")) == []
     assert broken(lambda cells: cells[0].update(source=cells[0].source + " word" * 500)) == [
         "614 words before the first picture, more than 500"]
     assert broken(set_source("%matplotlib inline")) == ["magic or shell command"]
@@ -160,6 +162,7 @@ def numbers_found_otherwise():
     posterior = (normal(-1, 0.01) + normal(1, 0.01)) * np.exp(-(grid**2) / 0.5)
     p, q = normal(0, 1), normal(1, 1.5)
     levels = noise.sd_sigmas()
+    abar = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
     walk = [0.1, 0.1**2 / (0.1**2 + 0.25)]                                          # 03: a late critic and a generator
     highest, kappa, rho = 0.0, 0.25, 0.9
     for _ in range(60):
@@ -167,6 +170,7 @@ def numbers_found_otherwise():
         f += 0.2 * (a**2 + 0.25) * (shrink(a, 0.5) - f)                             # .1 at a = .5, so that rho is .9
         walk = [a - 0.5 * a * (f - 0.5), f]
         highest = max(highest, walk[0])
+    at_399, at_999 = levels[399].item(), levels[999].item()
     x = 0.0
     for _ in range(4000):
         x += 0.05 * ((0.8 + (x - 0.8) / 3) - x / 2)
@@ -180,7 +184,9 @@ def numbers_found_otherwise():
         "04.E": fine[np.argmin(np.abs(fine**2 + 0.09 - 0.25))],
         "05.E": np.sqrt((0.36 + levels[249].item() ** 2) / (1 + levels[249].item() ** 2)),
         "06.E": first(fine, lambda a: a > 0.5 and shrink(0.5, 0.3) - 1 - 1.5 * (shrink(0.5, 0.3) - shrink(a, 0.3)) > 0),
-        "08.E": (2 * 859_520_964 + 10 * 134.5e6 + 6 * 67.3e6) / 2**30,             # teacher; LoRA of 128; LoRA of 64
+        "08.3": brentq(lambda a: 3 * a - 2 * a * shrink((0.5 + a**2 / 2) ** 0.5, 1.5)
+                       - 3 * (1 + shrink(0.5**0.5, 1.5) * (a - 1)) + 2 * a * shrink(1, 1.5), 0.1, 3),
+        "08.E": np.abs(np.log(0.18215**2 * (1 / abar - 1))).argmin(),
         "07.E": np.dot(np.linalg.solve([[1, 1 / 5000], [1, 1 / 20_000]], [9.3, 6.1]), [1, 1 / 50_000]),
         "09.2": 100 * NormalDist().cdf(-np.sqrt(5 / 2)),
         "09.3": (grid * 20 * normal(0, 1) * np.cumsum(normal(0, 1) * 1e-4) ** 19).sum() * 1e-4,
@@ -199,6 +205,8 @@ def numbers_found_otherwise():
         "16.E": brentq(lambda s: mean(((s * nodes - 0.73 * 28) ** 2 - (s * nodes) ** 2) / (2 * s**2 + 0.02)) - np.log(19), 1, 30),
         "17.E": np.sqrt(mean((10 - 10 * shrink(0.5, 10)) ** 2 * nodes**2 + ((1 - shrink(0.5, 10)) * 0.5) ** 2)
                         / mean((10 * shrink(0.5, 10) * nodes) ** 2 + ((1 - shrink(0.5, 10)) * 0.5) ** 2)),
+        "18.3": np.hypot(1, at_399) - at_399 * (np.hypot(1, at_999) - 1) / at_999,
+        "18.E": (2 * 859_520_964 + 10 * 134.5e6 + 6 * 67.3e6) / 2**30,             # teacher; LoRA of 128; LoRA of 64
         "03.1": highest,
     }
 
@@ -254,6 +262,22 @@ def test_every_question_is_asked_once_and_no_answer_shown(path):
     assert sorted(asked) == sorted(k for k in answers.QUESTIONS if k.startswith(path.name[:2]))
     assert len(asked) == source.count("check(") and len(asked) >= 4
     assert not re.search(r"^(guess_\d|answer(_\d)?) = (?!None)", source, re.M)
+
+
+# "**Prediction 2**: the mean is", "(Prediction 1: 4 / 5.)", "this is **prediction 3**"; not "Prediction 1's student"
+TOLD = re.compile(r"^\W*Predictions? (\d)(?: and (\d))?\b(?!')|\([Pp]rediction (\d)[:)]|\*\*prediction (\d)\*\*", re.M)
+
+
+@pytest.mark.parametrize("path", run.NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_check_stands_before_its_answer(path):
+    """Each prediction is checked before the text that tells it, and the exercise before its folded solution."""
+    cells = nbformat.read(path, as_version=4).cells
+    code, prose = ([(i, c.source) for i, c in enumerate(cells) if c.cell_type == kind] for kind in ("code", "markdown"))
+    checked = {key: i for i, text in code for key in re.findall(r'^check\("(\S+)"', text, re.M)}
+    told = {f"{path.name[:2]}.{k}": i for i, text in reversed(prose) for found in TOLD.findall(text) for k in found if k}
+    solution = next(i for i, text in prose if "<summary>Solution" in text)
+    assert set() < set(told) <= {key for key in checked if "E" not in key}
+    assert [key for key, i in checked.items() if i > told.get(key, solution)] == []
 
 
 def small_notebook():

@@ -43,6 +43,8 @@ PERFECT = (math.sqrt(2 / (1 + 14.6**2)) - 1 / 14.6) / (1 - 1 / 14.6)          # 
 MIDDLE = math.sqrt(2 / (1 + 14.6**2))                                         # and the slope of x_mid on x_in
 APART = 0.73 * 28                                                             # 16.E: the distance of two pictures
 SIGMA_249 = 0.69321                                                           # Stable Diffusion's noise at timestep 249
+ABAR_399, ABAR_999 = 0.42609, 0.0046601                                       # and its share of signal, alpha bar
+GAIN_999 = (1 - math.sqrt(ABAR_999)) / math.sqrt(1 - ABAR_999)                # 18.3: eps = gain z of a perfect student
 
 QUESTIONS = {
     "00.1": Q(0, "Average the two values, each with its probability given xt.", {
@@ -133,7 +135,8 @@ QUESTIONS = {
         "dmd_loss": "It is divided by |x - d_real|. It hardly moves.",
         "disc_loss": "A discriminator wins in good runs, too.", "mesm": "It sees the collapse through a critic that is late.",
         "mean": "Samples that are all alike can have the right mean."}),
-    "07.2": Q(13, "SiD has the larger number. The cell above has both.", {2.1: "That is DMD. SiD takes longer."}, 0.05),
+    "07.2": Q(13, "SiD has the larger number: 800 million images, 10 F each, and F is 42 GFLOP.", {
+        2.1: "That is DMD. SiD takes longer."}, 0.05),
     "07.3": Q(10, "A perfect generator's distance is all bias, and the bias is proportional to 1 / N.", {
         math.sqrt(10): "A distance of Frechet is quadratic: its bias falls like 1 / N.",
         1: "A finite sample has a wrong mean and covariance. The distance measures that."}, 0.1),
@@ -143,10 +146,12 @@ QUESTIONS = {
         32: "So it is with EDM's levels. The largest sigma of this schedule is 14.6."}, 0.05),
     "08.2": Q(-0.5, "Guidance adds w - 1 times the difference of the two scores, and scores have precisions as slopes.", {
         0.5: "That is without guidance.", 1.5: "That is 3 x .5. The second term is missing: 2 x 1 comes off."}),
-    "08.3": Q(25.6, "Three networks of 860 million, and for two of them moments; gradients for one at a time.", {
-        9.6: "These are the weights. Gradients and moments come on top.", 28.8: "One network has gradients at a time."}),
-    "08.E": Q(3.23, "Teacher in 2 bytes, shared; LoRA weights in 4 + 2, gradients of the larger one in 4.", {
-        1.60: "That is the teacher alone.", 3.48: "Gradients are needed for one network at a time."}, 0.01),
+    "08.3": Q(1, "Put a student that equals the data into both answers. How far apart are they?", {
+        3: "That is the teacher's guidance alone, at large noise. The fake score answers with guidance, too.",
+        2.29: "So it is at sigma 1.5 with the teacher alone guided."}),
+    "08.E": Q(815, "sigma must be the std of the latents: 1 / 0.18215.", {
+        354: "That is with the factor: sigma = 1.",
+        34: "The other way round: without the factor the latents are larger."}, 0.003),
     "09.1": Q(2.1, "One share has std sqrt(7 / 50,000). The worst of eight is about twice its mean.", {
         1.2: "That is the std of one share. The question asks for the worst of eight."}, 0.05),
     "09.2": Q(5.7, "The difference of two means of five has std sqrt(2 / 5).", {
@@ -230,12 +235,22 @@ QUESTIONS = {
         APART**2 / (2 * math.log(19)): "That is the variance."}, 0.01),
     "17.1": Q(0, "None. A wrong formula still computes finite numbers.", {
         1: "The one that mixes up dimensions can raise an error. Here its shapes fit."}),
-    "17.2": Q(8, "Count the rows of the table whose first number is above 1.5.", {
+    "17.2": Q(8, "Compare orange with grey, or count the rows of the table below whose first number is above 1.5.", {
         12: "Some mistakes do no harm in this setting.", 5: "That answers the third question."}, 0.01),
     "17.3": Q(5, "The value of the loss is |g|^2 / 2. It need not know where the samples are.", {
         12: "Three of the twelve show in the samples only, and some nowhere.", 8: "That answers the second question."}, 0.01),
     "17.E": Q(20, "d_real = s^2 xt / (s^2 + sigma^2). Compute both variances.", {
         10: "So it is for data of std 1.", 400: "That is the ratio of the variances.", 0.05: "The other way round."}, 0.01),
+    "18.1": Q(7.8, "r (in + out) numbers for a layer of in x out weights. The layers have 320 to 1280 channels.", {
+        0.5: "That is rank 4.", 2.0: "That is rank 16.", 31.3: "That is rank 256."}),
+    "18.2": Q(25.6, "Three networks of 860 million, and for two of them moments; gradients for one at a time.", {
+        9.6: "These are the weights. Gradients and moments come on top.", 28.8: "One network has gradients at a time."}),
+    "18.3": Q((1 - math.sqrt(1 - ABAR_399) * GAIN_999) / math.sqrt(ABAR_399),
+              "x0 = (x - sqrt(1 - abar) eps) / sqrt(abar), with the abar of 399.", {
+        1: "So it is at 999. At 399 the noise is taken away with other factors.",
+        math.sqrt(ABAR_399): "So it is if the network still is the teacher at 399."}),
+    "18.E": Q(3.23, "Teacher in 2 bytes, shared; LoRA weights in 4 + 2, gradients of the larger one in 4.", {
+        1.60: "That is the teacher alone.", 3.48: "Gradients are needed for one network at a time."}, 0.01),
 }
 
 # Notebook 17: function of the notebook, (right, wrong) pieces of its source, the mistake's name

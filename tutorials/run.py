@@ -15,7 +15,7 @@ from nano_dmd.engine.files import UserError, command, write_atomic
 HERE = Path(__file__).parent
 NOTEBOOKS = sorted(HERE.glob("[0-9][0-9]_*.ipynb"))
 SECTIONS = ("Question", "Your prediction", "The maths", "Break it", "Exercise")       # headings every notebook has
-LINES, KILOBYTES, WORDS = 20, 500, 500
+LINES, COLUMNS, KILOBYTES, WORDS = 20, 110, 500, 500                   # 110 columns fit a projector
 
 
 def execute(path, timeout=1200):
@@ -44,12 +44,15 @@ def shrink(notebook, colours=96):
 
 
 def complaints(notebook, size):
-    """What breaks the rules, a list of sentences: cell length, size, sections, an assertion, an early picture, kept outputs."""
+    """What breaks the rules, a list of sentences: cell length, long lines, size, sections, an assertion, an early picture,
+    kept outputs."""
     code = [c for c in notebook.cells if c.cell_type == "code"]
     text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
     outputs = [o for c in code for o in c.outputs]
     found = [f"a cell has {len(c.source.splitlines())} lines: {c.source.splitlines()[0]}" for c in code
              if len(c.source.splitlines()) > LINES]
+    found += [f"a line of code has {len(line)} columns: {line.strip()}" for c in code for line in c.source.splitlines()
+              if len(line) > COLUMNS]
     found += [f"no heading {s!r}" for s in SECTIONS if f"## {s}" not in text]
     found += [f"{size // 1000} KB, more than {KILOBYTES}"] * (size > 1000 * KILOBYTES)
     found += [f"magic or shell command: {c.source.splitlines()[0]}" for c in code if c.source.lstrip().startswith(("%", "!"))]
