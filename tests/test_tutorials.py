@@ -23,7 +23,9 @@ from nano_dmd.engine.build import build
 from nano_dmd.engine.draw import Batch
 from nano_dmd.engine.files import UserError
 from nano_dmd.networks import UNet
+from nano_dmd.plot import COLOURS
 from nano_dmd.teacher import Teacher
+from toy import plots
 from tutorials import answers, colab, copying, equations, healthy, run, slides
 
 ROOT = Path(__file__).parents[1]
@@ -280,6 +282,20 @@ def test_a_check_stands_before_its_answer(path):
     assert [key for key, i in checked.items() if i > told.get(key, solution)] == []
 
 
+def test_one_code_of_colours():
+    """Notebooks, explorer and figures of runs use the colours of toy/plots.py; any other colour in a notebook is a grey."""
+    names = dict(real=plots.REAL, fake=plots.FAKE, first=plots.TEACHER, move=plots.GRADIENT)
+    page, script = ((ROOT / "explorer" / name).read_text() for name in ("index.html", "draw.js"))
+    assert dict(re.findall(r"--(real|fake|first|move): (#\w+);", page)) == names
+    found = dict(re.findall(r'(REAL|FAKE|FIRST|GRADIENT) = "(#\w+)"', script))
+    assert found == dict(REAL=plots.REAL, FAKE=plots.FAKE, FIRST=plots.TEACHER, GRADIENT=plots.GRADIENT)
+    assert COLOURS[:3] == (plots.REAL, plots.FAKE, plots.TEACHER)
+    for path in run.NOTEBOOKS:
+        source = "\n".join(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
+        others = re.findall(r"#([0-9A-Fa-f]{6})\b", source) + re.findall(r'colou?r="(\w+)"|"(?:C\d|tab:\w+)"', source)
+        assert [c for c in others if c not in ("black", "grey") and len({c[:2], c[2:4], c[4:]}) > 1] == [], path.name
+
+
 def small_notebook():
     """One cell of each kind, as if it had been executed."""
     from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
@@ -370,11 +386,11 @@ def test_sick_runs_differ_in_their_illness_alone():
         config.add_config_flags(p)
         return vars(config.resolve(vars(p.parse_args(flags.split()))))
 
-    good = settings(healthy.GOOD)
+    good = settings(f"--preset digits {healthy.GOOD}")
     for flags in healthy.SICK.values():
         changed = {word[2:] for word in flags.split() if word.startswith("--")}
         if "method" not in changed:
-            sick = settings(f"{healthy.GOOD} {flags}")
+            sick = settings(f"--preset digits {healthy.GOOD} {flags}")
             assert {name for name in good if good[name] != sick[name]} <= changed | {"out"}, flags
 
 

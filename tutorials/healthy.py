@@ -1,6 +1,7 @@
 """Healthy or sick?  The numbers of log.jsonl in good runs, and in runs that are ill on purpose.
 
     python -m tutorials.healthy docs/healthy.png --out runs/healthy          trains eight students of digits, 9 minutes
+    python -m tutorials.healthy FILE.png --preset mnist --out FOLDER         the same of mnist, 30 minutes
     python -m tutorials.healthy docs/methods.png --runs runs/family          the runs of a comparison instead, a row a method
 
 In the first figure a row is an illness of `dmd2`: orange is the sick run, the grey band holds three good ones. A run that
@@ -22,7 +23,7 @@ from nano_dmd.networks import Block
 from nano_dmd.plot import COLOURS, FORMATS, MISSING, figure, have_matplotlib, read_log, save_figure
 from tutorials.copying import picture
 
-GOOD = "--preset digits --method dmd2 --critic_steps 2 --steps 400 --w_gan 0 --w_disc 0 --log_every 10"
+GOOD = "--method dmd2 --critic_steps 2 --steps 400 --w_gan 0 --w_disc 0 --log_every 10"
 SICK = {
     "generator's rate x 20": "--lr_generator 2e-2",
     "critic's rate x .01": "--lr_critic 1e-5 --critic_steps 1",
@@ -49,15 +50,16 @@ def shaky_loss(x, nets, batch, cfg):
     return loss
 
 
-def logs_of(out):
+def logs_of(out, preset):
     """({illness: [lines of its log]}, [lines of three good runs' logs]); trains what is not in the folder."""
+    good = f"--preset {preset} {GOOD}".split()
     for name, loss in (("climbing", climbing_loss), ("shaky", shaky_loss)):
         METHODS[name] = METHODS["dmd2"]._replace(generator=[("w_dm", loss)])
     runs = {f"good-{seed}": f"--seed {seed}" for seed in range(3)} | SICK
     for name, flags in runs.items():
         if not (out / name / "report.json").exists():
             begun = (out / name / "checkpoint.pt").exists()
-            train.main([*(["--resume"] if begun else GOOD.split() + flags.split()), "--out", str(out / name)])
+            train.main([*(["--resume"] if begun else good + flags.split()), "--out", str(out / name)])
     return {name: [read_log(out / name)] for name in SICK}, [read_log(out / f"good-{seed}") for seed in range(3)]
 
 
@@ -86,6 +88,7 @@ def main(argv=None):
     p = parser("python -m tutorials.healthy", __doc__)
     p.add_argument("picture", type=picture, help="file to write: " + ", ".join(FORMATS))
     p.add_argument("--out", type=Path, default=Path("runs/healthy"), help="folder of the runs")
+    p.add_argument("--preset", choices=("digits", "mnist"), default="digits", help="what to train on (default: digits)")
     p.add_argument("--runs", type=Path, help="a folder of nano_dmd.compare: draw its runs, all seeds")
     args = p.parse_args(argv)
     if not have_matplotlib():
@@ -97,7 +100,7 @@ def main(argv=None):
         names = sorted({folder.parent.name for folder in runs})
         found = {name: [read_log(f) for f in runs if f.parent.name == name] for name in names}, []
     else:
-        found = logs_of(args.out)
+        found = logs_of(args.out, args.preset)
     save_figure(draw(*found), args.picture)
     print(f"wrote {args.picture}")
 
