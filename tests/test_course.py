@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nano_dmd.engine.files import UserError
+from nano_dmd.engine.files import UserError, note
 from test_assignments import needs_solutions, solution
 from tutorials import course, grade
 from tutorials.assignments import isolated, stubs
@@ -430,6 +430,7 @@ ANSWERS = {"A1.1": ["Laplace is wrong at the seed's constants", None], "A1.2": [
 @pytest.fixture
 def asked(monkeypatch):
     """Checks answer at once: what is tested is what happens around them."""
+    note.cache_clear()                                            # it says a thing once
     def answers(name, task, path, seed):
         if "broken" in path.read_text():
             return ["a1.py does not load: SyntaxError at a1.py line 1: invalid syntax"] * len(assignment(name).of(task)), ""
@@ -487,11 +488,12 @@ def test_each_student_gets_a_text(flags, tmp_path, asked):
     assert graded(tmp_path / "class", *flags) == rows             # again, over what is there
 
 
-def test_terse_says_why_a_file_does_not_load(tmp_path, asked):
+def test_terse_says_why_a_file_does_not_load(tmp_path, asked, capsys):
     (tmp_path / "a1.py").write_text("broken")
     grade.main([str(tmp_path), "--assignments", "a1,a2", "--out", str(tmp_path / "results.json"), "--terse"])
     said = {t["output"] for t in json.loads((tmp_path / "results.json").read_text())["tests"]}
     assert said == {"a1.py does not load: SyntaxError at a1.py line 1: invalid syntax", "a2.py is missing"}
+    assert "public constants, which students know" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, said", [

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from nano_dmd.engine.config import number, parser
-from nano_dmd.engine.files import UserError, command, write_atomic, write_json
+from nano_dmd.engine.files import UserError, command, note, write_atomic, write_json
 from tutorials.assignments.checking import PUBLIC_SEED
 from tutorials.assignments.isolated import assignment, run_task
 from tutorials.assignments.stubs import NAMES, PUBLIC
@@ -116,7 +116,7 @@ def missing(folder, names):
         why = f"{packed[0]} is not unpacked"
     else:
         why = f"there is {', '.join(held[:3])}; rename what is meant" if held else ""
-        why = why or "the folder is empty" * (not any(Path(folder).iterdir()))
+        why = why or "the folder is empty" * (not any(Path(folder).glob("*")))
     return ", ".join(wanted) + " is missing" + f": {why}" * bool(why)
 
 
@@ -230,6 +230,8 @@ def main(argv=None):
         raise UserError("--terse is about what students read: it needs --out or --csv")
     start, seed = time.perf_counter(), args.seed if args.seed_file is None else seed_of(args.seed_file)
     files = find(args.folder, names or NAMES)
+    if seed == PUBLIC_SEED and (args.csv or args.out):
+        note("these marks are for the public constants, which students know; --seed-file takes others")
     if args.csv:
         return table(args.folder, names or NAMES, seed, args.csv, args.terse)
     if not files and not names:
