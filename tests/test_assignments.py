@@ -115,17 +115,6 @@ def environment():
     return os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def test_handing_out_leaves_the_solutions_behind(tmp_path):
-    """--to DIR copies handout, starter and public tests, and nothing else; an existing folder is not touched."""
-    before = {p: p.read_text() for p in stubs.HERE.glob("a?/a?.py")}
-    stubs.main(["--to", str(tmp_path / "course")])
-    copied = {str(p.relative_to(tmp_path / "course")) for p in (tmp_path / "course").rglob("*") if p.is_file()}
-    assert copied == {f"{n}/{f}" for n in stubs.NAMES for f in ("README.md", f"{n}.py", "test_public.py")}
-    assert before == {p: p.read_text() for p in before}
-    with pytest.raises(UserError, match="exists already"):
-        stubs.main(["--to", str(tmp_path / "course")])
-
-
 HOSTILE = {
     "endless loop": ("while True:\n        pass", "stopped after 20 s"),
     "sleep is an endless loop too": ("import time\n    time.sleep(10_000)", "no answer in 6 s"),

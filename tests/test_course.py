@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nano_dmd.engine.files import UserError
+from nano_dmd.engine.files import UserError, note
 from test_assignments import needs_solutions, solution
 from tutorials import course, grade
 from tutorials.assignments import isolated, stubs
@@ -65,13 +66,12 @@ def test_handing_out_changes_nothing_here(tmp_path, monkeypatch):
     work = stubs.HERE / "a1" / "a1.py"
     copy = tmp_path / "assignments"
     shutil.copytree(stubs.HERE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(stubs, "HERE", copy), monkeypatch.setattr(stubs, "SOLUTIONS", copy / "instructor")
+    monkeypatch.setattr(course, "HERE", copy), monkeypatch.setattr(stubs, "SOLUTIONS", copy / "instructor")
     (copy / "a1" / "a1.py").write_text(work.read_text() + "# my work\n")
     before = files(copy)
-    stubs.main(["--to", str(tmp_path / "one")])
+    course.main(["--to", str(tmp_path / "one")])
     assert files(copy) == before
     shutil.rmtree(copy / "instructor", ignore_errors=True)        # a FileNotFoundError once
-    stubs.main(["--to", str(tmp_path / "two")])
     with pytest.raises(UserError, match="starters are written from solutions"):
         stubs.main([])
 
@@ -113,7 +113,12 @@ def test_an_update_stays_inside(handed, tmp_path):
 
 @pytest.mark.parametrize("argv, said", [
     (["--to", "x", "--assignments", "a9"], "no assignment a9"), (["--autograder", "a1.tar"], "ends in .zip"),
-    (["--autograder", "week1.zip"], "which assignment is week1.zip"), (["--try", "b1"], "no assignment b1")])
+    (["--autograder", "week1.zip"], "which assignment is week1.zip"), (["--try", "b1"], "no assignment b1"),
+    (["--try", "a1", "--update"], "--update does nothing here"), (["--to", "x", "--seed", "3"], "--seed does nothing here"),
+    (["--try", "a1", "--assignments", "a2"], "--assignments does nothing here"),
+    (["--to", "x", "--seed-file", "s"], "--seed-file does nothing here"),
+    (["--autograder", "a1.zip", "--seed-file", "none"], "--seed-file none: No such file"),
+    (["--autograder", "a1.zip", "--seed", "0"], "must be at least 1")])
 def test_bad_input_is_one_sentence(argv, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=said):
@@ -121,12 +126,67 @@ def test_bad_input_is_one_sentence(argv, said, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_seed_of_a_file(tmp_path):
-    """The seed may come from a file; what is no number is one sentence."""
-    for text in ("", "x", "-1", "1.5"):
-        (tmp_path / "seed").write_text(text)
-        with pytest.raises(UserError, match="no file with one whole number"):
-            grade.main([str(tmp_path), "--assignments", "a1", "--seed-file", str(tmp_path / "seed")])
+@pytest.mark.parametrize("text", ["", "x", "-1", "1.5", "0", "1 2", "\xe9", None])
+def test_seed_of_a_file(text, tmp_path):
+    """The seed may come from a file; what is no number above 0 is one sentence.  0 was taken once, which is public."""
+    if text is not None:
+        (tmp_path / "seed").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match="it must hold one whole number above 0"):
+        grade.main([str(tmp_path), "--assignments", "a1", "--seed-file", str(tmp_path / "seed")])
+
+
+@needs_solutions
+def test_the_autograder_takes_the_seed_of_the_class(tmp_path):
+    (tmp_path / "seed").write_text(f"{SEED}\n")
+    course.main(["--autograder", str(tmp_path / "a1.zip"), "--seed-file", str(tmp_path / "seed")])
+    with zipfile.ZipFile(tmp_path / "a1.zip") as packed:
+        assert int(packed.read("seed")) == SEED
+
+
+# ---- the texts agree
+
+
+def rubric():
+    return {k: int(v) for k, v in re.findall(r"^\| ([a-z][a-z ]+) \| (\d+) \|", read("instructor/README.md"), re.M)}
+
+
+def read(name):
+    return (stubs.HERE / name).read_text(encoding="utf-8")
+
+
+@needs_solutions
+def test_a_hand_out_has_the_notebooks_of_its_week(handed):
+    """Those of the week plan, with what they import: answers of notebooks earn no marks."""
+    assert {p.name[:2] for p in handed.glob("tutorials/*.ipynb")} == {"00", "01", "04"}
+    assert (handed / "tutorials" / "show.py").is_file() and (handed / "tutorials" / "answers.py").is_file()
+    weeks = re.findall(r"^\| \d \| (.*?) \|.*\| A(\d) \|", read("instructor/README.md"), re.M)
+    assert {f"a{n}": tuple(re.findall(r"\d\d", before)) for before, n in weeks} == course.NOTEBOOKS
+    table = re.findall(r"^\| \[A(\d)\].*\| ([\d, ]+) \| about", read("README.md").replace("| 3 hours", "| about 3 hours"), re.M)
+    assert {f"a{n}" for n, _ in table} == set(stubs.NAMES)
+    assert all(set(before.split(", ")) <= set(course.NOTEBOOKS[f"a{n}"]) for n, before in table)
+
+
+@needs_solutions
+@pytest.mark.parametrize("name", stubs.NAMES)
+def test_hand_outs_agree_with_the_rubric(name):
+    """What is marked is not called ungraded, and the marks are the rubric's; they were said to be none once."""
+    text, marks = read(f"{name}/README.md"), rubric()
+    assert not re.search(r"ungraded|not graded", text) and sum(marks.values()) == 100
+    said = " ".join(text.split())
+    assert f"The grader's points make {marks['grader']} of 100 marks." in said
+    assert re.findall(r"by hand: (\d+) for the predictions .*?, (\d+) for the figure, (\d+) for the report or discussion, "
+                      r"(\d+) for ten minutes of questions", said) == [tuple(str(n) for n in list(marks.values())[1:])]
+    assert grade.GRADER == marks["grader"] / 100
+
+
+def test_one_way_to_install():
+    """Every hand-out sends to the README above it, which has the line in the hand-out and in the repository."""
+    blocks = {re.search(r"Install once, .*?```bash\n.*?```\n", read(f"{name}/README.md"), re.S)[0].replace(name.upper(), "A?")
+              for name in stubs.NAMES}
+    assert len(blocks) == 1 and "[../README.md](../README.md)" in blocks.pop()
+    assert not [name for name in stubs.NAMES if "pip install" in read(f"{name}/README.md")]
+    line = 'pip install -e ".[tutorials]" pytest'
+    assert line in course.START and line in read("README.md") and "\ntutorials = [" in course.pyproject()
 
 
 # ---- Gradescope's zip
@@ -331,7 +391,8 @@ def test_a_class_with_cheats_is_graded_to_the_end(tmp_path, quick, monkeypatch, 
     for i, kind in enumerate(("no JSON on the socket", "os._exit", "kills the grader", "imports the solution")):
         (tmp_path / "class" / f"cheat{i}").mkdir(parents=True)
         (tmp_path / "class" / f"cheat{i}" / "a1.py").write_text(f"NEIGHBOUR, GRADER = '', {os.getpid()}\n{CHEATS[kind]}\n")
-    for name, text in (("empty", None), ("work", solution("a1")), ("syntax", "def f(:\n")):
+    surrogate = "raise ValueError('\\ud800')"                     # json brings it across, no file takes it
+    for name, text in (("empty", None), ("work", solution("a1")), ("syntax", "def f(:\n"), ("surrogate", surrogate)):
         (tmp_path / "class" / name).mkdir()
         if text:
             (tmp_path / "class" / name / "a1.py").write_text(text)
@@ -340,8 +401,12 @@ def test_a_class_with_cheats_is_graded_to_the_end(tmp_path, quick, monkeypatch, 
                 "--csv", str(tmp_path / "grades.csv")])
     rows = {row["student"]: row for row in csv.DictReader((tmp_path / "grades.csv").open(encoding="utf-8"))}
     assert {name: float(row["total"]) for name, row in rows.items()} == {
-        "cheat0": 0, "cheat1": 0, "cheat2": 0, "cheat3": 0, "empty": 0, "work": 100, "syntax": 0}
-    assert rows["empty"]["note"] == "a1.py is missing" and rows["work"]["note"] == "" and "tutorials" in rows["cheat3"]["note"]
+        "cheat0": 0, "cheat1": 0, "cheat2": 0, "cheat3": 0, "empty": 0, "work": 100, "syntax": 0, "surrogate": 0}
+    assert rows["syntax"]["note"].startswith("a1.py does not load: SyntaxError at a1.py line 1")
+    assert rows["cheat1"]["note"].startswith("a1.py does not load: the code ended the whole process")
+    assert "No module named 'tutorials'" in rows["cheat3"]["note"] and "ValueError" in rows["surrogate"]["note"]
+    assert rows["work"]["marks"] == "70" and rows["work"]["total"] == "100"
+    assert rows["empty"]["note"] == "a1.py is missing: the folder is empty" and rows["work"]["note"] == ""
     assert rows["work"]["A1.1"] == "25" and str(SEED) not in capsys.readouterr().out
 
 
@@ -357,6 +422,114 @@ def test_a_link_is_no_submission(tmp_path):
     (tmp_path / "me" / "folder.py").mkdir()
     answers, _ = run_task("a1", "A1.4", tmp_path / "me" / "a1.py", SEED)
     assert all("No module named 'helper'" in why for why in answers)
+
+
+ANSWERS = {"A1.1": ["Laplace is wrong at the seed's constants", None], "A1.2": [None, None]}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Checks answer at once: what is tested is what happens around them."""
+    note.cache_clear()                                            # it says a thing once
+    def answers(name, task, path, seed):
+        if "broken" in path.read_text():
+            return ["a1.py does not load: SyntaxError at a1.py line 1: invalid syntax"] * len(assignment(name).of(task)), ""
+        return [*ANSWERS.get(task, []), *[None] * len(assignment(name).of(task))][:len(assignment(name).of(task))], ""
+    monkeypatch.setattr(grade, "run_task", answers)
+
+
+def graded(folder, *flags):
+    """{student: row} of a class."""
+    out = folder.parent / "grades.csv"
+    grade.main([str(folder), "--assignments", "a1", "--seed", str(SEED), "--csv", str(out), *flags])
+    return {row["student"]: row for row in csv.DictReader(out.open(encoding="utf-8"))}
+
+
+def test_submissions_that_went_wrong(tmp_path, asked, capsys):
+    """Each mistake is one sentence in the note and on the screen; others are graded; nobody gets 0 without a word."""
+    held = {"work": ["a1.py"], "nested": ["sub/a1.py"], "named": ["A1_final.py"], "notebook": ["a1.ipynb"], "zip": ["anna.zip"],
+            "two": ["a1.py", "a1 (1).py"], "helper": ["a1.py", "tools.py", "README.md"], "empty": [], "other": ["a2.py"],
+            "broken": ["a1.py"], "folder": ["a1.py/x.py"]}
+    for student, names in held.items():
+        (tmp_path / "class" / student).mkdir(parents=True)
+        for path in (tmp_path / "class" / student / name for name in names):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("broken" if student == "broken" else "")
+    (tmp_path / "class" / "loose.zip").write_text("")
+    (tmp_path / "class" / "link").mkdir()
+    (tmp_path / "class" / "link" / "a1.py").symlink_to(tmp_path / "class" / "work" / "a1.py")
+    rows, printed = graded(tmp_path / "class"), capsys.readouterr().out
+    missing = "a1.py is missing: "
+    assert {name: row["note"] for name, row in rows.items()} == {
+        "work": "", "nested": missing + "it lies in sub/a1.py, so move it up", "zip": missing + "anna.zip is not unpacked",
+        "named": missing + "there is A1_final.py; rename what is meant",
+        "link": missing + "it is a link, and links are not followed",
+        "notebook": missing + "there is a1.ipynb; rename what is meant", "two": "a1.py was graded, and there is a1 (1).py",
+        "helper": "", "empty": missing + "the folder is empty", "other": "a1.py is missing",
+        "broken": "a1.py does not load: SyntaxError at a1.py line 1: invalid syntax", "folder": missing + "there is a1.py/x.py; "
+        "rename what is meant", "loose.zip": "not graded: this is no folder; unpack or move it into one"}
+    assert all(row["total"] not in ("0", "") or row["note"] for row in rows.values()) and float(rows["two"]["total"]) > 80
+    assert all(f"  {name}" + f"  ({row['note']})" * bool(row["note"]) in printed for name, row in rows.items())
+
+
+@pytest.mark.parametrize("flags", [(), ("--terse",)])
+def test_each_student_gets_a_text(flags, tmp_path, asked):
+    """What the checks said, or with --terse the marks alone; why a file does not load in any case, and never the seed."""
+    for student in ("work", "broken", "none"):
+        (tmp_path / "class" / student).mkdir(parents=True)
+        if student != "none":
+            (tmp_path / "class" / student / "a1.py").write_text("from nano_dmd.f_distill import WEIGHTS\n# " + student)
+    rows = graded(tmp_path / "class", *flags)
+    texts = {p.stem: p.read_text(encoding="utf-8") for p in (tmp_path / "grades_feedback").iterdir()}
+    assert set(texts) == set(rows) and not any(str(SEED) in text or "WEIGHTS" in text for text in texts.values())
+    assert ("Laplace is wrong" in texts["work"]) == (not flags) and f"{rows['work']['total']} / 100" in texts["work"]
+    assert "SyntaxError at a1.py line 1" in texts["broken"] and "a1.py is missing: the folder is empty" in texts["none"]
+    assert "WEIGHTS answers A1.3" in rows["work"]["note"]
+    assert graded(tmp_path / "class", *flags) == rows             # again, over what is there
+
+
+def test_terse_says_why_a_file_does_not_load(tmp_path, asked, capsys):
+    (tmp_path / "a1.py").write_text("broken")
+    grade.main([str(tmp_path), "--assignments", "a1,a2", "--out", str(tmp_path / "results.json"), "--terse"])
+    said = {t["output"] for t in json.loads((tmp_path / "results.json").read_text())["tests"]}
+    assert said == {"a1.py does not load: SyntaxError at a1.py line 1: invalid syntax", "a2.py is missing"}
+    assert "public constants, which students know" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--csv", "g.csv", "--out", "r.json"], "not allowed with"), (["--terse"], "--terse is about what students read"),
+    (["--seed", "3", "--seed-file", "seed"], "not allowed with"), (["--csv", "g.csv"], "holds no folders"),
+    ([], "so move it up")])
+def test_flags_that_would_do_nothing(flags, said, tmp_path, monkeypatch):
+    """One sentence, and nothing is written; --out was forgotten beside --csv once."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "class").mkdir()
+    if not flags:
+        (tmp_path / "class" / "anna").mkdir()
+        (tmp_path / "class" / "anna" / "a1.py").write_text("")
+    with pytest.raises(UserError, match=said):
+        grade.main(["class", *flags])
+    assert [p.name for p in tmp_path.iterdir()] == ["class"]
+
+
+@pytest.mark.parametrize("line", ["from nano_dmd.f_distill import WEIGHTS as w", "from nano_dmd.f_distill import *",
+                                  "from nano_dmd import f_distill\nh = f_distill.WEIGHTS"])
+def test_the_librarys_answer_is_reported(line, tmp_path):
+    """h(r) of A1.3 stands in the package: importing it earned marks, and nobody was told."""
+    (tmp_path / "a1.py").write_text(line)
+    assert any("WEIGHTS answers A1.3" in said or "f_distill.*" in said for said in grade.suspicious(tmp_path / "a1.py"))
+    (tmp_path / "a1.py").write_text("from nano_dmd.dmd_loss import descend\nWEIGHTS = 3")
+    assert grade.suspicious(tmp_path / "a1.py") == []
+
+
+@needs_solutions
+def test_the_list_of_the_librarys_answers():
+    """Every name is there, belongs to a task, and stands in the lecturer's notes."""
+    source = "\n".join(p.read_text() for p in (ROOT / "nano_dmd").glob("*.py"))
+    for name, tasks in grade.IN_LIBRARY.items():
+        for word, task in tasks.items():
+            assert re.search(rf"^(def |class )?{word}\b", source, re.M) and task in assignment(name).tasks
+            assert re.search(rf"`{word}`( and `\w+`)? \([^)]*{task}", read("instructor/README.md")), word
 
 
 @needs_solutions

@@ -340,6 +340,24 @@ def test_slides_hold_what_the_notebook_holds(path):
     assert all(len(text.split()) < 200 for text in shown) and np.median([len(text.split()) for text in shown]) < 90
 
 
+def test_slides_say_how_long_they_take(tmp_path, monkeypatch, capsys):
+    """Before the first notebook is executed: half a minute of silence looked like a hang."""
+    def execute(path):
+        assert "executing 2 notebooks: about half a minute each" in capsys.readouterr().out
+        raise UserError("stop")
+    monkeypatch.setattr(slides, "execute", execute)
+    with pytest.raises(UserError, match="stop"):
+        slides.main(["02", "03", "--to", str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_executing_is_silent(tmp_path, capfd):
+    """The kernel's warning about unencrypted traffic within one machine is not the reader's."""
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")]), tmp_path / "one.ipynb")
+    run.execute(tmp_path / "one.ipynb")
+    assert capfd.readouterr().err == ""
+
+
 def test_page_of_slides():
     """nbconvert's page holds the pictures, our style, and the scripts of a folder where one is given."""
     pytest.importorskip("nbconvert")

@@ -2,11 +2,11 @@
 
     python -m tutorials.course --to DIR [--assignments a1,a3]            a new folder with everything that students need
     python -m tutorials.course --to DIR [--assignments a3] --update      bring what has changed since, keep students' work
-    python -m tutorials.course --autograder a1.zip [--assignments a1]    what Gradescope asks for
+    python -m tutorials.course --autograder a1.zip [--seed-file seed]    what Gradescope asks for
     python -m tutorials.course --try a1                                  the solution must earn 100 marks here
 
-A hand-out is a folder without history and without solutions: library, grader, and for each assignment its text, starter
-and public tests.  A whole class is graded by python -m tutorials.grade FOLDER --csv grades.csv.
+A hand-out is a folder without history and without solutions: library, grader, and for each assignment its text, starter,
+public tests and the notebooks before it.  A whole class is graded by python -m tutorials.grade FOLDER --csv grades.csv.
 """
 
 import re
@@ -25,12 +25,18 @@ MANIFEST = ".handout.json"                                        # {file: the d
 COMMON = ("LICENSE", "nano_dmd/**/*.py", "nano_dmd/assets/*", "toy/*.py", "tutorials/__init__.py", "tutorials/grade.py",
           "tutorials/assignments/*.py")
 
+NOTEBOOKS = {"a1": ("00", "01"), "a2": ("02", "03"), "a3": ("04",), "a4": ("06",), "a5": ("05",), "a6": ("12",),
+             "a7": ("08", "13"), "a8": ("11", "15")}              # of the week plan in instructor/README.md
+
 START = """# Assignments
 
 Install once, in this folder. Without a GPU, take the small torch first:
 
-    pip install torch --index-url https://download.pytorch.org/whl/cpu
-    pip install -e . pytest matplotlib
+    pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu
+    pip install -e ".[tutorials]" pytest
+
+Read the notebooks in `tutorials/` first: `jupyter lab tutorials`. They check your predictions and exercises; no marks depend on
+that. Notebooks 08 and 11 also want `pip install -e ".[sd]"`.
 
 Then, for each assignment: read `README.md` in its folder, write your code into `{name}.py`, and look how far you are:
 
@@ -41,6 +47,8 @@ Then, for each assignment: read `README.md` in its folder, write your code into 
 You are graded by the same checks at other constants. The grader runs your code in a process of its own, without network
 and without other files. A function that a task gives you is then asked through that process: torch.autograd works through
 it as usual, torch.func (vmap, jvp) does not. Work on copies of your arguments; never change them in place.
+
+You may import what `nano_dmd` has. Where it has a task's answer (h(r) of A1.3), write your own: such an import is reported.
 """
 
 SETUP = """#!/usr/bin/env bash
@@ -94,6 +102,12 @@ def folder(name):
     return {f"{name}/{file}": (HERE / name / file).read_bytes() for file in (f.format(name=name) for f in PUBLIC)}
 
 
+def notebooks(name):
+    """{file: bytes} of the notebooks before an assignment, and of what they import.  Their answers are no assignment's."""
+    found = [p for number in NOTEBOOKS[name] for p in (ROOT / "tutorials").glob(f"{number}_*.ipynb")]
+    return {f"tutorials/{p.name}": p.read_bytes() for p in [*found, ROOT / "tutorials/show.py", ROOT / "tutorials/answers.py"]}
+
+
 # ---- the hand-out
 
 
@@ -101,7 +115,7 @@ def hand_out(to, names, update):
     """Write the files of a hand-out below `to`, and nothing else.  Returns what was done, a line for each file or kind."""
     files = {}
     for name in names:
-        files |= folder(name) | checks(name)
+        files |= folder(name) | checks(name) | notebooks(name)
     manifest = read_manifest(to) if update else {}
     if not update and to.exists():
         raise UserError(f"{to} exists already; give a new folder, or --update to bring a hand-out up to date")
@@ -190,8 +204,14 @@ def main(argv=None):
     what.add_argument("--try", dest="attempt", metavar="NAMES", help="grade the solutions of a1,a3 for example")
     p.add_argument("--assignments", default="", help="a1,a3 for example (default: all; for a1.zip: a1)")
     p.add_argument("--update", action="store_true", help="DIR is a hand-out already")
-    p.add_argument("--seed", type=number(1, 2**63 - 1), help="of the autograder's constants (default: drawn at random)")
+    seed = p.add_mutually_exclusive_group()
+    seed.add_argument("--seed", type=number(1, 2**63 - 1), help="of the autograder's constants (default: drawn at random)")
+    seed.add_argument("--seed-file", metavar="FILE", help="the autograder's seed is in this file, as for tutorials.grade")
     args = p.parse_args(argv)
+    for flag, given, goes in (("--update", args.update, args.to), ("--assignments", args.assignments, args.attempt is None),
+                              ("--seed", args.seed, args.autograder), ("--seed-file", args.seed_file, args.autograder)):
+        if given and not goes:
+            raise UserError(f"{flag} does nothing here: --update goes with --to, a seed with --autograder, and --try takes names")
     if args.attempt is not None:
         return attempt(chosen(args.attempt, list(NAMES)), 20260101)
     if args.to:
@@ -209,7 +229,7 @@ def main(argv=None):
     names = chosen(args.assignments, [guess] if guess in NAMES else [])
     if not names:
         raise UserError(f"which assignment is {args.autograder}? Call it a1.zip, or say --assignments a1")
-    seed = args.seed or secrets.randbelow(2**62) + 1
+    seed = grade.seed_of(args.seed_file) if args.seed_file else args.seed or secrets.randbelow(2**62) + 1
     autograder(args.autograder, names, seed)
     print(f"{args.autograder}: {', '.join(names)}; its seed is in the file `seed` inside. Keep the zip from students.")
 

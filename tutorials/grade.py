@@ -4,20 +4,25 @@
     python -m tutorials.grade DIR --seed-file seed --out results.json  hidden checks: the same at other constants
     python -m tutorials.grade DIR --seed-file seed --csv grades.csv    DIR holds a folder for each student
 
+The last one also writes grades_feedback/ beside grades.csv: a text for each student with what the checks said.
+
 Student code never runs in this process (assignments/isolated.py), and no submission can stop the others' grading.
 """
 
 import argparse
 import ast
 import csv
+import re
 import time
 from pathlib import Path
 
 from nano_dmd.engine.config import number, parser
-from nano_dmd.engine.files import UserError, command, write_json
+from nano_dmd.engine.files import UserError, command, note, write_atomic, write_json
 from tutorials.assignments.checking import PUBLIC_SEED
 from tutorials.assignments.isolated import assignment, run_task
-from tutorials.assignments.stubs import NAMES
+from tutorials.assignments.stubs import NAMES, PUBLIC
+
+GRADER = 0.7                                                      # of the marks; the rubric in instructor/README.md has the rest
 
 
 def grade(name, path, seed):
@@ -30,8 +35,11 @@ def grade_task(known, task, path, seed):
     try:
         answers, printed = run_task(known.name, task, path, seed)
     except Exception as e:                                        # the grader's own fault, or something new to break it with
-        answers, printed = [f"the grader failed here, tell the staff ({type(e).__name__}: {e})"[:300]] * len(known.of(task)), ""
+        said = f"{known.name}.py was not graded: the grader failed here, tell the staff ({type(e).__name__}: {e})"
+        answers, printed = [" ".join(said.split())[:300]], ""
     score, lines = 0, []
+    if fault(answers[0] or ""):
+        lines, answers = answers[:1], []                          # once, not for each check
     for check, why in zip(known.of(task), answers):
         score += check.points if why is None else 0
         lines.append(f"{'passed' if why is None else 'FAILED'} ({check.points:g}) {check.title}")
@@ -39,7 +47,7 @@ def grade_task(known, task, path, seed):
     if printed:
         lines.append(f"printed: {printed}")
     return dict(number=task, name=f"{task} {known.tasks[task]}", score=score, max_score=known.points(task),
-                output="\n".join(lines))
+                output="\n".join(lines).encode(errors="backslashreplace").decode())     # a lone surrogate cannot be written
 
 
 ODD_IMPORTS = {"tutorials", "instructor", "remote", "child", "ctypes", "subprocess", "socket", "signal", "multiprocessing",
@@ -49,21 +57,32 @@ ODD_ATTRIBUTES = {"fork", "kill", "killpg", "system", "_exit", "setsid", "_getfr
                   "__closure__", "__code__", "__dict__", "__reduce__"}
 
 
+# What the library has and a task asks for: an import of it earns marks, so a person should see it.
+IN_LIBRARY = {"a1": {"WEIGHTS": "A1.3"}, "a3": {"critic_logit_loss": "A3.1"}, "a5": {"FromFlow": "A5.1"},
+              "a7": {"augmentation_gradient": "A7.2"}, "a8": {"FromFlow": "A8.1", "ode_step": "A8.4", "guided": "A8.4"}}
+
+
 def suspicious(path):
     """Lines that no assignment needs, for a person to look at: ["line 3: ctypes", ...].  No proof, and easily hidden from."""
+    solved = IN_LIBRARY.get(Path(path).stem, {})
     try:
         tree = ast.parse(Path(path).read_bytes())
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return ["cannot be parsed"]
+    except (SyntaxError, ValueError, RecursionError, MemoryError, OSError):
+        return []                                                 # then it does not load, which is said
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
             found |= {(node.lineno, part) for name in names for part in name.split(".") if part in ODD_IMPORTS}
+            if names[0].startswith("nano_dmd"):
+                found |= {(node.lineno, f"{n} answers {solved[n]}") for n in names if n in solved}
+                found |= {(node.lineno, f"{names[0]}.*") for n in names if n == "*"}
         elif isinstance(node, ast.Name) and node.id in ODD_NAMES:
             found.add((node.lineno, node.id))
         elif isinstance(node, ast.Attribute) and node.attr in ODD_ATTRIBUTES:
             found.add((node.lineno, node.attr))
+        elif isinstance(node, ast.Attribute) and node.attr in solved:
+            found.add((node.lineno, f"{node.attr} answers {solved[node.attr]}"))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "/proc" in node.value:
             found.add((node.lineno, "/proc"))
     return [f"line {line}: {name}" for line, name in sorted(found)[:20]]
@@ -79,12 +98,53 @@ def find(folder, names):
     return {name: path for name, path in files.items() if path.is_file() and not path.is_symlink()}     # a link may lead anywhere
 
 
+def inside(folder):
+    """Files of a submission's folder, relative; without caches, hidden files and what a hand-out puts there."""
+    files = [p.relative_to(folder) for p in sorted(Path(folder).rglob("*")) if p.is_file() or p.is_symlink()]
+    known = {file.format(name=name) for name in NAMES for file in PUBLIC}
+    return [str(p) for p in files if str(p) not in known and not any(part.startswith((".", "__")) for part in p.parts)]
+
+
+def missing(folder, names):
+    """One sentence: why there is no NAME.py to grade, from what is there instead."""
+    held, wanted = inside(folder), [f"{name}.py" for name in names]
+    if any(Path(folder, file).is_symlink() for file in wanted):
+        why = "it is a link, and links are not followed"
+    elif nested := [h for h in held if Path(h).name in wanted]:
+        why = f"it lies in {nested[0]}, so move it up"
+    elif packed := [h for h in held if h.lower().endswith((".zip", ".rar", ".7z", ".tar", ".gz", ".tgz"))]:
+        why = f"{packed[0]} is not unpacked"
+    else:
+        why = f"there is {', '.join(held[:3])}; rename what is meant" if held else ""
+        why = why or "the folder is empty" * (not any(Path(folder).glob("*")))
+    return ", ".join(wanted) + " is missing" + f": {why}" * bool(why)
+
+
+def others(folder, name):
+    """Files that may be meant instead of the NAME.py that was graded: a sentence in a list, or none."""
+    alike = [h for h in inside(folder) if Path(h).stem.lower().startswith(name) and h.endswith((".py", ".ipynb", ".zip"))]
+    return [f"{name}.py was graded, and there is {', '.join(alike[:3])}"] * bool(alike)
+
+
+FAULT = re.compile(r"a\d\.py (is missing|does not load|was not graded).*")
+
+
+def fault(output):
+    """Why a whole file scores nothing, in one sentence; None where its functions were asked."""
+    return (found := FAULT.match(output)) and found[0]
+
+
+def visible(output, hidden):
+    """What the student reads about a task; hidden: not what failed, but that the file was not found or did not load."""
+    return (fault(output) or "hidden test: see the public ones for what is asked") if hidden else output
+
+
 def results(tests, seconds, hidden, odd=()):
     """Gradescope's format; hidden: students see the marks of a task and not what failed.  odd: for the staff's eyes."""
     shown = [dict(t, status="passed" if t["score"] == t["max_score"] else "failed", visibility="visible",
-                  output="hidden test: see the public ones for what is asked" if hidden else t["output"]) for t in tests]
+                  output=visible(t["output"], hidden)) for t in tests]
     if odd:
-        shown.append(dict(number="staff", name="look at these lines", score=0, max_score=0, output="\n".join(odd),
+        shown.append(dict(number="staff", name="look at what no assignment needs", score=0, max_score=0, output="\n".join(odd),
                           status="passed", visibility="hidden"))
     return dict(score=sum(t["score"] for t in tests), execution_time=round(seconds), visibility="visible",
                 stdout_visibility="hidden", tests=shown)
@@ -94,69 +154,93 @@ def marks(folder, names, seed):
     """{assignment: its tasks' marks} of one submission; a missing file scores 0.  And what is odd in its files."""
     files, found, odd = find(folder, names), {}, []
     for name in names:
-        known = assignment(name)
-        missing = [dict(number=t, name=f"{t} {title}", score=0, max_score=known.points(t), output=f"{name}.py is missing")
-                   for t, title in known.tasks.items()]
-        found[name] = grade(name, files[name], seed) if name in files else missing
-        odd += [f"{name}.py {line}" for line in suspicious(files[name])] if name in files else []
+        known, path = assignment(name), files.get(name)
+        found[name] = grade(name, path, seed) if path else [
+            dict(number=t, name=f"{t} {title}", score=0, max_score=known.points(t), output=missing(folder, [name]))
+            for t, title in known.tasks.items()]
+        odd += [f"{name}.py {line}" for line in suspicious(path)] + others(folder, name) if path else []
     return found, odd
 
 
-def table(folder, names, seed, out):
-    """grades.csv of all folders in `folder`: student, marks per task, total, note."""
-    students = sorted(p for p in Path(folder).iterdir() if p.is_dir() and p.name[0] != ".")
-    if not students:
-        raise UserError(f"{folder} holds no folders; --csv wants one for each student")
+def as_text(found, hidden=False):
+    """The marks of one submission for reading: each task with what its checks said, and each assignment's sum."""
+    lines = []
+    for name, tests in found.items():
+        for t in tests:
+            lines += [f"{t['score']:5g} / {t['max_score']:<3g} {t['name']}", indent(visible(t["output"], hidden))]
+        total, full = (sum(t[key] for t in tests) for key in ("score", "max_score"))
+        lines += [f"{total:5g} / {full:<3g} {assignment(name).title}", ""]
+    return "\n".join(lines)
+
+
+def table(folder, names, seed, out, hidden):
+    """grades.csv of all folders in `folder`: student, marks per task, total, marks, note; and a text for each student."""
+    feedback = Path(out).with_name(Path(out).stem + "_feedback")
+    ours = Path(out).resolve(), feedback.resolve()                # where they lie among the submissions
+    held = sorted(p for p in Path(folder).iterdir() if p.name[0] != "." and p.resolve() not in ours)
+    if not any(p.is_dir() for p in held):
+        raise UserError(f"{folder} holds no folders; --csv wants one for each student, with the file directly in it")
     tasks = [task for name in names for task in assignment(name).tasks]
-    with open(out, "w", newline="", encoding="utf-8") as file:
+    feedback.mkdir(exist_ok=True)
+    with open(out, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
-        writer.writerow(["student", *tasks, "total", "note"])
-        for student in students:
-            found, odd = marks(student, names, seed)
-            score = {t["number"]: t["score"] for tests in found.values() for t in tests}
-            missing = [f"{name}.py is missing" for name in names if name not in find(student, names)]
-            row = [f"{score[task]:g}" for task in tasks]
-            writer.writerow([student.name, *row, f"{sum(score.values()):g}", "; ".join([*missing, *odd])])
+        writer.writerow(["student", *tasks, "total", "marks", "note"])
+        for student in held:
+            notes, total, row = ["not graded: this is no folder; unpack or move it into one"], "-", [""] * (len(tasks) + 2)
+            if student.is_dir():
+                found, odd = marks(student, names, seed)
+                tests = sum(found.values(), [])
+                total = sum(t["score"] for t in tests)
+                notes = [*dict.fromkeys(said for t in tests if (said := fault(t["output"]))), *odd]
+                write_atomic(feedback / f"{student.name}.txt", as_text(found, hidden).encode())
+                row = [*(f"{t['score']:g}" for t in tests), f"{total:g}", f"{GRADER * total:g}"]
+            writer.writerow([student.name, *row, "; ".join(notes)])
             file.flush()                                          # an interrupted run keeps what it has
-            print(f"{sum(score.values()):5g}  {student.name}" + (f"  (look: {'; '.join(odd)})" if odd else ""))
+            print(f"{total:>5}  {student.name}" + f"  ({'; '.join(notes)})" * bool(notes))
+    print(f"{out} has the marks, {feedback}/ a text for each student")
 
 
-def secret(args):
-    """The seed: of a file, so that it stands on no command line, which every process may read."""
-    if args.seed_file is None:
-        return args.seed
+def seed_of(path):
+    """The hidden seed in a file, so that it stands on no command line, which every process may read."""
     try:
-        return number(0, 2**63 - 1)(Path(args.seed_file).read_text().strip())
+        return number(1, 2**63 - 1)(Path(path).read_text(encoding="utf-8").strip())
     except (OSError, ValueError, argparse.ArgumentTypeError) as e:
-        raise UserError(f"--seed-file {args.seed_file}: no file with one whole number") from e
+        raise UserError(f"--seed-file {path}: {getattr(e, 'strerror', None) or e}; "
+                        f"it must hold one whole number above 0, for 0 has the public constants") from e
 
 
 def main(argv=None):
     p = parser("python -m tutorials.grade", __doc__)
     p.add_argument("folder", metavar="DIR")
     p.add_argument("--assignments", default="", help="a1,a3 for example; a missing file scores 0 (default: all files in DIR)")
-    p.add_argument("--seed", type=number(0, 2**63 - 1), default=PUBLIC_SEED,
-                   help="of the constants; 0 is public, choose another and keep it")
-    p.add_argument("--seed-file", metavar="FILE", help="the seed is in this file")
-    p.add_argument("--out", help="write results.json there, for Gradescope")
-    p.add_argument("--csv", help="DIR holds a folder for each student: write their marks there")
-    p.add_argument("--terse", action="store_true", help="results.json does not say what failed")
+    seed = p.add_mutually_exclusive_group()
+    seed.add_argument("--seed", type=number(0, 2**63 - 1), default=PUBLIC_SEED,
+                      help="of the constants; 0 is public, choose another and keep it")
+    seed.add_argument("--seed-file", metavar="FILE", help="the seed is in this file")
+    to = p.add_mutually_exclusive_group()
+    to.add_argument("--out", help="write results.json there, for Gradescope")
+    to.add_argument("--csv", help="DIR holds a folder for each student: write their marks there, and texts for them beside it")
+    p.add_argument("--terse", action="store_true", help="results.json and the texts do not say which checks failed")
     args = p.parse_args(argv)
     names = list(dict.fromkeys(n.strip() for n in args.assignments.split(",") if n.strip()))
     for flag, given, end in (("--out", args.out, ".json"), ("--csv", args.csv, ".csv")):
         if given is not None and not given.endswith(end):
             raise UserError(f"{flag} {given!r}: give a name that ends in {end}")
-    files, start, seed = find(args.folder, names or NAMES), time.perf_counter(), secret(args)
+    if args.terse and not (args.out or args.csv):
+        raise UserError("--terse is about what students read: it needs --out or --csv")
+    start, seed = time.perf_counter(), args.seed if args.seed_file is None else seed_of(args.seed_file)
+    files = find(args.folder, names or NAMES)
+    if seed == PUBLIC_SEED and (args.csv or args.out):
+        note("these marks are for the public constants, which students know; --seed-file takes others")
     if args.csv:
-        return table(args.folder, names or NAMES, seed, args.csv)
+        return table(args.folder, names or NAMES, seed, args.csv, args.terse)
     if not files and not names:
-        raise UserError(f"nothing to grade in {args.folder}: no {', '.join(f'{n}.py' for n in NAMES)}")
+        raise UserError(f"nothing to grade in {args.folder}: {missing(args.folder, NAMES)} "
+                        "(folders of a whole class need --csv)")
     found, odd = marks(args.folder, names or list(files), seed)
-    for name, tests in found.items():
-        print("\n".join(f"{t['score']:5g} / {t['max_score']:<3g} {t['name']}\n" + indent(t["output"]) for t in tests))
-        print(f"{sum(t['score'] for t in tests):5g} / {sum(t['max_score'] for t in tests):<3g} {assignment(name).title}\n")
+    print(as_text(found))
     if odd:
-        print("look at these lines, which no assignment needs: " + "; ".join(odd))
+        print("look at what no assignment needs: " + "; ".join(odd))
     if args.out:
         write_json(args.out, results(sum(found.values(), []), time.perf_counter() - start, args.terse, odd))
 

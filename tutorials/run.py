@@ -24,8 +24,9 @@ def execute(path, timeout=1200):
     from nbclient import NotebookClient
 
     notebook = nbformat.read(path, as_version=4)
+    quiet = ["--log-level=ERROR"]                                 # it warns that traffic within this machine is not encrypted
     NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(HERE)}},
-                   record_timing=False).execute()
+                   record_timing=False, extra_arguments=quiet).execute()
     return notebook
 
 
@@ -66,6 +67,12 @@ def complaints(notebook, size):
     return found
 
 
+def announce(paths):
+    """Say what is going to happen, and how long it takes, before it does."""
+    count = "1 notebook" if len(paths) == 1 else f"{len(paths)} notebooks"
+    print(f"executing {count}: about half a minute each on two free cores, more on a busy machine", flush=True)
+
+
 def choose(names):
     """The notebooks whose files' names start with one of `names`; all of them without names."""
     chosen = [path for path in NOTEBOOKS if not names or path.name.startswith(tuple(names))]
@@ -80,7 +87,8 @@ def main(argv=None):
 
     p = parser("python -m tutorials.run", __doc__)
     p.add_argument("names", nargs="*", metavar="NAME", help="how the file's name starts, 02 for example")
-    for path in choose(p.parse_args(argv).names):
+    announce(chosen := choose(p.parse_args(argv).names))
+    for path in chosen:
         start = time.perf_counter()
         notebook = execute(path)
         shrink(notebook)

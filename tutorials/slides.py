@@ -18,7 +18,7 @@ from pathlib import Path
 
 from nano_dmd.engine.config import parser
 from nano_dmd.engine.files import UserError, command, write_atomic
-from tutorials.run import choose, execute
+from tutorials.run import announce, choose, execute
 
 WORDS, DPI = 75, 200                                              # text of a slide; pixels per inch of its figures
 STYLE = """<style>
@@ -105,10 +105,11 @@ def main(argv=None):
     if importlib.util.find_spec("nbconvert") is None:
         raise UserError("slides need nbconvert: pip install nbconvert")
     os.environ["NANO_DMD_DPI"] = str(DPI)                         # read by tutorials.show, in the kernel
-    for path in choose(args.names):
+    announce(chosen := choose(args.names))
+    for path in chosen:
         page = html(deck(execute(path), args.code), path.stem, args.modules)
         write_atomic(args.to / f"{path.stem}.html", page.encode())
-        print(f"{args.to / path.stem}.html: {len(page) // 1000} KB")
+        print(f"{args.to / path.stem}.html: {len(page) // 1000} KB", flush=True)
 
 
 if __name__ == "__main__":

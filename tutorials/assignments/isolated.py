@@ -158,7 +158,7 @@ def run_task(name, task, path, seed):
                           kernel=KERNEL), theirs, output)
             theirs.close(), os.close(output)
             line = Line(ours, time.monotonic() + 3 * seconds)     # wall time: a busy machine is not the student's fault
-            answers, why = judge(known, task, path, seed, line)
+            answers, why, loaded = judge(known, task, path, seed, line)
         status = at.over()
         if line.late:
             why = (f"no answer in {3 * seconds} s: is there a loop without an end, or was this machine too busy? "
@@ -167,27 +167,28 @@ def run_task(name, task, path, seed):
             why = f"stopped after {seconds} s of computing: is there a loop without an end?"
         elif why in ("gone", "late"):
             why = f"the code ended the whole process (exit status {status}): functions return, they do not exit"
+        why = why if loaded else f"{path.name} does not load: {why}"
         return answers + [why] * (len(known.of(task)) - len(answers)), printed.read(2000)
 
 
 def judge(known, task, path, seed, line):
-    """([None or why it failed, per check], why there are no more)."""
-    peer, answers = Peer("p", line.send, line.receive), []
+    """([None or why it failed, per check], why there are no more, whether the submission loaded)."""
+    peer, answers, loaded = Peer("p", line.send, line.receive), [], False
     try:
         try:
             peer.result(peer.ask(dict(do="load")), [])
         except Exception as e:
             if isinstance(e, Broken):
                 raise
-            return [explain(e, path)] * len(known.of(task)), None
-        student = peer.remember("c0", Remote(peer, "c0"))
+            return answers, explain(e, path), loaded
+        student, loaded = peer.remember("c0", Remote(peer, "c0")), True
         for check in known.of(task):
             peer.send(dict(do="clear"))
             peer.clear()
             answers.append(run_check(check, student, known.constants(seed), path, peer))
     except Broken as e:
-        return answers, str(e)
-    return answers, None
+        return answers, str(e), loaded
+    return answers, None, loaded
 
 
 def run_check(check, student, constants, path, peer):

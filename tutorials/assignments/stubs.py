@@ -1,16 +1,14 @@
 """Generate what students get from the solutions, so that the two cannot drift apart.
 
     python -m tutorials.assignments.stubs              write every starter from its solution
-    python -m tutorials.assignments.stubs --to DIR     copy texts, starters and public tests as they are to DIR
 
-A whole hand-out, with the grader, comes from `python -m tutorials.course --to DIR`.
+What students get comes from `python -m tutorials.course --to DIR`.
 
 In a solution, the lines between "### BEGIN SOLUTION A1.2" and "### END SOLUTION" become one that raises
 NotImplementedError naming the task; signatures, docstrings and everything else stay as they are.
 """
 
 import re
-import shutil
 from pathlib import Path
 
 from nano_dmd.engine.config import parser
@@ -32,19 +30,11 @@ def starter(solution):
 
 
 def main(argv=None):
-    p = parser("python -m tutorials.assignments.stubs", __doc__)
-    p.add_argument("--to", metavar="DIR", help="a new folder for texts, starters and public tests; writes no starter here")
-    to = p.parse_args(argv).to
-    if to and Path(to).exists():
-        raise UserError(f"{to} exists already; give a folder that does not")
-    if not to and not SOLUTIONS.is_dir():
+    parser("python -m tutorials.assignments.stubs", __doc__).parse_args(argv)
+    if not SOLUTIONS.is_dir():
         raise UserError(f"there is no {SOLUTIONS.name}/ here: starters are written from solutions")
     for name in NAMES:
-        for file in (f.format(name=name) for f in PUBLIC if to):
-            (Path(to) / name).mkdir(parents=True, exist_ok=True)
-            shutil.copy(HERE / name / file, Path(to) / name)
-        if not to:
-            (HERE / name / f"{name}.py").write_text(starter((SOLUTIONS / name / "solution.py").read_text()))
+        (HERE / name / f"{name}.py").write_text(starter((SOLUTIONS / name / "solution.py").read_text()))
 
 
 if __name__ == "__main__":
