@@ -472,6 +472,22 @@ def test_submissions_that_went_wrong(tmp_path, asked, capsys):
     assert all(f"  {name}" + f"  ({row['note']})" * bool(row["note"]) in printed for name, row in rows.items())
 
 
+def test_without_names_a_class_is_graded_in_what_it_handed_in(tmp_path, asked, capsys):
+    """No student is told that seven other assignments are missing; nothing at all is one sentence."""
+    for path in ("work/a1.py", "nested/sub/a1.py"):
+        (tmp_path / "class" / path).parent.mkdir(parents=True)
+        (tmp_path / "class" / path).write_text("")
+    grade.main([str(tmp_path / "class"), "--seed", str(SEED), "--csv", str(tmp_path / "grades.csv")])
+    rows = list(csv.DictReader((tmp_path / "grades.csv").open(encoding="utf-8")))
+    assert [row["note"] for row in rows] == ["a1.py is missing: it lies in sub/a1.py, so move it up", ""]
+    assert list(rows[0]) == ["student", *assignment("a1").tasks, "total", "marks", "note"]
+    with pytest.raises(UserError, match=r"a1\.py is missing: it lies in sub/a1\.py, so move it up"):
+        grade.main([str(tmp_path / "class" / "nested"), "--seed", str(SEED)])
+    (tmp_path / "class" / "work" / "a1.py").unlink()
+    with pytest.raises(UserError, match="no folder in .* has a file to grade; name what was due"):
+        grade.main([str(tmp_path / "class"), "--seed", str(SEED), "--csv", str(tmp_path / "grades.csv")])
+
+
 @pytest.mark.parametrize("flags", [(), ("--terse",)])
 def test_each_student_gets_a_text(flags, tmp_path, asked):
     """What the checks said, or with --terse the marks alone; why a file does not load in any case, and never the seed."""

@@ -1,6 +1,7 @@
 """The notebooks run, top to bottom, keep to their rules, and say nothing that the code no longer does."""
 
 import ast
+import base64
 import copy
 import importlib
 import json
@@ -317,6 +318,8 @@ def small_notebook():
 def test_slides():
     """Headings begin slides, text is cut between paragraphs, figures stand alone, solutions are the speaker's."""
     made = [(cell.metadata["slideshow"]["slide_type"], cell.source) for cell in slides.deck(small_notebook()).cells]
+    data = base64.b64encode((ROOT / "docs/ttur.png").read_bytes()).decode()
+    assert slides.embedded("a ![b c](../docs/ttur.png) d") == f'a <img alt="b c" src="data:image/png;base64,{data}"> d'
     paragraph = " ".join(["word"] * 40)
     assert made == [("slide", "# Title\n\nabout it"), ("slide", f"## The maths\n\n{paragraph}\n\n$$x = y$$"),
                     ("subslide", paragraph), ("subslide", '<img src="data:image/png;base64,aGVsbG8=">'),
@@ -334,9 +337,11 @@ def test_slides_hold_what_the_notebook_holds(path):
     figures = sum("image/png" in o.get("data", {}) for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
     assert sum(c.source.startswith('<img src="data:image/png') for c in cells) == figures > 0
     words = set(" ".join(c.source for c in cells).split())
-    told = " ".join(re.sub("</?(details|summary)>", " ", c.source) for c in notebook.cells if c.cell_type == "markdown")
+    told = " ".join(re.sub(r"</?(details|summary)>|!\[.*?\]\(.*?\)", " ", c.source)
+                    for c in notebook.cells if c.cell_type == "markdown")
     assert set(told.split()) <= words
     shown = [c.source for c in cells if c.metadata["slideshow"]["slide_type"] != "notes" and "<img" not in c.source]
+    assert not any(".png)" in c.source for c in cells)            # pictures of files are part of the page
     assert all(len(text.split()) < 200 for text in shown) and np.median([len(text.split()) for text in shown]) < 90
 
 
@@ -439,6 +444,7 @@ def test_figure_of_health(tmp_path, capsys):
     log = [line | {"teacher": {"x_std": 0.75}}, line | {"step": 20}]
     assert len(healthy.draw({"a": [log], "b": [[line, line]]}, [log, log]).axes) == 2 * len(healthy.SHOWN)
     fig = healthy.draw({"a": [log, log], "b": [[line | {"x_std": 7.0, "mesm": [0] * 5}]]})         # no band: seeds, one scale
+    assert [t.get_text() for ax in fig.axes for t in ax.texts] == ["no critic"] and fig.axes[5].texts
     assert len(fig.axes[0].lines) == 2 and fig.axes[3].get_ylim() == fig.axes[8].get_ylim() and fig.axes[3].get_ylim()[1] > 7
     for arguments, sentence in ((["x.txt"], "must end in .png"), (["x.png", "--runs", str(tmp_path)], "no runs in")):
         with pytest.raises(UserError, match=sentence):

@@ -36,7 +36,7 @@ Install once, in this folder. Without a GPU, take the small torch first:
     pip install -e ".[tutorials]" pytest
 
 Read the notebooks in `tutorials/` first: `jupyter lab tutorials`. They check your predictions and exercises; no marks depend on
-that. Notebooks 08 and 11 also want `pip install -e ".[sd]"`.
+that. Notebooks 08 and 11, if you have them, also want `pip install -e ".[sd]"`.
 
 Then, for each assignment: read `README.md` in its folder, write your code into `{name}.py`, and look how far you are:
 
@@ -49,6 +49,8 @@ and without other files. A function that a task gives you is then asked through 
 it as usual, torch.func (vmap, jvp) does not. Work on copies of your arguments; never change them in place.
 
 You may import what `nano_dmd` has. Where it has a task's answer (h(r) of A1.3), write your own: such an import is reported.
+
+Hand in `{name}.py` itself, with this name and in no folder, and one PDF with your predictions, your figure and your report.
 """
 
 SETUP = """#!/usr/bin/env bash

@@ -111,7 +111,7 @@ def missing(folder, names):
     if any(Path(folder, file).is_symlink() for file in wanted):
         why = "it is a link, and links are not followed"
     elif nested := [h for h in held if Path(h).name in wanted]:
-        why = f"it lies in {nested[0]}, so move it up"
+        wanted, why = [Path(nested[0]).name], f"it lies in {nested[0]}, so move it up"
     elif packed := [h for h in held if h.lower().endswith((".zip", ".rar", ".7z", ".tar", ".gz", ".tgz"))]:
         why = f"{packed[0]} is not unpacked"
     else:
@@ -180,6 +180,9 @@ def table(folder, names, seed, out, hidden):
     held = sorted(p for p in Path(folder).iterdir() if p.name[0] != "." and p.resolve() not in ours)
     if not any(p.is_dir() for p in held):
         raise UserError(f"{folder} holds no folders; --csv wants one for each student, with the file directly in it")
+    names = names or [name for name in NAMES if any(find(p, [name]) for p in held if p.is_dir())]
+    if not names:
+        raise UserError(f"no folder in {folder} has a file to grade; name what was due: --assignments a1 for example")
     tasks = [task for name in names for task in assignment(name).tasks]
     feedback.mkdir(exist_ok=True)
     with open(out, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
@@ -212,7 +215,7 @@ def seed_of(path):
 def main(argv=None):
     p = parser("python -m tutorials.grade", __doc__)
     p.add_argument("folder", metavar="DIR")
-    p.add_argument("--assignments", default="", help="a1,a3 for example; a missing file scores 0 (default: all files in DIR)")
+    p.add_argument("--assignments", default="", help="a1,a3 for example; a missing file scores 0 (default: those in DIR)")
     seed = p.add_mutually_exclusive_group()
     seed.add_argument("--seed", type=number(0, 2**63 - 1), default=PUBLIC_SEED,
                       help="of the constants; 0 is public, choose another and keep it")
@@ -233,7 +236,7 @@ def main(argv=None):
     if seed == PUBLIC_SEED and (args.csv or args.out):
         note("these marks are for the public constants, which students know; --seed-file takes others")
     if args.csv:
-        return table(args.folder, names or NAMES, seed, args.csv, args.terse)
+        return table(args.folder, names, seed, args.csv, args.terse)
     if not files and not names:
         raise UserError(f"nothing to grade in {args.folder}: {missing(args.folder, NAMES)} "
                         "(folders of a whole class need --csv)")

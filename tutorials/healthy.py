@@ -75,6 +75,8 @@ def draw(rows, good=()):
                 ax.sharey(top)
             for log in logs:
                 ax.plot([r["step"] for r in log], [value(r) for r in log], color=COLOURS[1], lw=1.2 if good else 0.7)
+            if all(math.isnan(value(r)) for log in logs for r in log):
+                ax.text(0.5, 0.5, "no critic", ha="center", transform=ax.transAxes)
             known = logs[0][0].get("teacher", {}).get(what)
             if known is not None:
                 ax.axhline(known, color=COLOURS[2], ls="--", lw=1)

@@ -11,6 +11,7 @@ For a hall without a network: `npm install reveal.js@4 mathjax@2 requirejs jquer
 --modules node_modules.
 """
 
+import base64
 import importlib.util
 import os
 import re
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from nano_dmd.engine.config import parser
 from nano_dmd.engine.files import UserError, command, write_atomic
-from tutorials.run import announce, choose, execute
+from tutorials.run import HERE, announce, choose, execute
 
 WORDS, DPI = 75, 200                                              # text of a slide; pixels per inch of its figures
 STYLE = """<style>
@@ -27,6 +28,7 @@ STYLE = """<style>
 .reveal .slides .jp-RenderedHTMLCommon blockquote {font-size: 32px; width: auto}
 .reveal .slides .jp-RenderedHTMLCommon img {display: block; margin: auto; width: 1860px; max-width: 1860px; max-height: 940px;
     object-fit: contain}
+.reveal .slides .jp-RenderedHTMLCommon table {font-size: 36px; table-layout: auto}
 .reveal pre, .reveal pre code {font-size: 26px; line-height: 1.3}
 </style>"""
 
@@ -50,6 +52,15 @@ def sections(text):
     return found
 
 
+def embedded(text):
+    """Markdown whose pictures, ![words](../docs/file.png), are part of it.  nbconvert refuses those outside its folder."""
+    def whole(found):
+        data = base64.b64encode((HERE / found[2]).read_bytes()).decode()
+        return f'<img alt="{found[1]}" src="data:image/png;base64,{data}">'
+
+    return re.sub(r"!\[(.*?)\]\((.*?\.png)\)", whole, text)
+
+
 def deck(notebook, code=False):
     """A notebook whose cells are the slides of an executed one."""
     from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
@@ -66,7 +77,7 @@ def deck(notebook, code=False):
             if folded:
                 add(new_markdown_cell(re.sub(r"</?(details|summary)>", " ", folded)), "notes")
             for starts, text in sections(told):
-                add(new_markdown_cell(text), "slide" if starts else "subslide")
+                add(new_markdown_cell(embedded(text)), "slide" if starts else "subslide")
         elif 'check("' not in cell.source and "guess_1" not in cell.source and cell.get("id") != "install":
             if code:
                 add(new_code_cell(cell.source), "subslide")
@@ -92,6 +103,8 @@ def html(notebook, title, modules=None):
     exporter = SlidesExporter(exclude_input_prompt=True, exclude_output_prompt=True, reveal_scroll=True, reveal_theme="white",
                               reveal_width="1920", reveal_height="1080", reveal_number="c/t", **urls)
     page = exporter.from_notebook_node(notebook, resources={"metadata": {"name": title}})[0]
+    # MathJax would break formulas by the width of a slide that is hidden, 0
+    page = re.sub(r"(linebreaks: {\s*automatic: )true", r"\1false", page)
     return page.replace("</head>", f"{STYLE}</head>", 1)
 
 
