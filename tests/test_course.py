@@ -1,12 +1,15 @@
 """The course kit: what students get, what Gradescope gets, and submissions that want marks for nothing."""
 
+import contextlib
 import csv
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -18,7 +21,7 @@ from nano_dmd.engine.files import UserError, note
 from test_assignments import needs_solutions, solution
 from tutorials import course, grade
 from tutorials.assignments import isolated, stubs
-from tutorials.assignments.isolated import assignment, run_task
+from tutorials.assignments.isolated import Fault, assignment, plain, run_task
 
 ROOT = Path(__file__).parents[1]
 SEED = 31415926535
@@ -433,7 +436,7 @@ def asked(monkeypatch):
     note.cache_clear()                                            # it says a thing once
     def answers(name, task, path, seed):
         if "broken" in path.read_text():
-            return ["a1.py does not load: SyntaxError at a1.py line 1: invalid syntax"] * len(assignment(name).of(task)), ""
+            return [Fault("a1.py does not load: SyntaxError at a1.py line 1: invalid syntax")] * len(assignment(name).of(task)), ""
         return [*ANSWERS.get(task, []), *[None] * len(assignment(name).of(task))][:len(assignment(name).of(task))], ""
     monkeypatch.setattr(grade, "run_task", answers)
 
@@ -472,6 +475,110 @@ def test_submissions_that_went_wrong(tmp_path, asked, capsys):
     assert all(f"  {name}" + f"  ({row['note']})" * bool(row["note"]) in printed for name, row in rows.items())
 
 
+def test_strange_folders_stop_nobody(tmp_path, asked, capsys):
+    """Names and trees that broke the run once: each gets its row, the others their marks, and the screen no control codes."""
+    folder = tmp_path / "class"
+    for student in ("zoe", "=HYPERLINK(1)", "x\n  100  bob", "ctrl\x1b[31m", "deep", "big", "latin", "n" * 245):
+        (folder / student).mkdir(parents=True)
+        (folder / student / "a1.py").write_text("")
+    (folder / "latin" / "a1.py").unlink()
+    os.close(os.open(os.fsencode(folder / "latin") + b"/L\xf6sung.py", os.O_CREAT | os.O_WRONLY))      # a zip of Windows
+    (folder / "big" / "a1.py").write_text("x = 1\n" * 200_000)
+    home = os.open(folder / "deep", os.O_RDONLY)
+    for _ in range(1500):                                         # deeper than Python's stack, and than a path may be long
+        os.mkdir("d", dir_fd=home)
+        home, old = os.open("d", os.O_RDONLY, dir_fd=home), home
+        os.close(old)
+    os.close(home)
+    (folder / "loop").symlink_to("loop")
+    (folder / "friend").symlink_to("zoe")
+    (folder / "__MACOSX").mkdir()
+    rows, printed = graded(folder), capsys.readouterr().out
+    assert set(rows) == {"zoe", "'=HYPERLINK(1)", "x\\n  100  bob", "ctrl\\x1b[31m", "deep", "big", "latin", "n" * 245, "loop", "friend"}
+    assert float(rows["zoe"]["total"]) > 80 and rows["zoe"]["total"] == rows["deep"]["total"] == rows["ctrl\\x1b[31m"]["total"]
+    assert rows["big"]["note"] == "a1.py was not graded: it has 1.1 MiB, 1 is the most" and rows["big"]["total"] == "0"
+    assert rows["friend"]["note"] == rows["loop"]["note"] == "not graded: this is a link" and rows["friend"]["marks"] == ""
+    assert rows["latin"]["note"] == r"a1.py is missing: there is L\udcf6sung.py; rename what is meant"
+    assert rows["n" * 245]["note"].startswith("not graded: the grader failed here") and "\x1b" not in printed
+    subprocess.run(["rm", "-rf", "--", folder], check=True)
+
+
+def test_marks_lie_outside_the_class(tmp_path):
+    """Else the next run grades the table of this one."""
+    (tmp_path / "anna").mkdir()
+    for out in (tmp_path / "grades.csv", tmp_path / "new" / "grades.csv"):
+        with pytest.raises(UserError, match="among the submissions; give a place outside it"):
+            grade.main([str(tmp_path), "--assignments", "a1", "--csv", str(out)])
+    assert [p.name for p in tmp_path.iterdir()] == ["anna"]
+
+
+def test_a_student_cannot_write_what_only_the_grader_says(tmp_path):
+    """A message that looks like a file that did not load would have shown the hidden constants in a terse text."""
+    (tmp_path / "eve").mkdir()
+    (tmp_path / "eve" / "a1.py").write_text(
+        "def __getattr__(name):\n    def f(*args, **more):\n"
+        "        raise AssertionError('a1.py does not load: ' + repr(args) + 'x' * 10**6 + '\\x1b[31m')\n    return f\n")
+    grade.main([str(tmp_path), "--assignments", "a1", "--seed", str(SEED), "--csv", str(tmp_path.parent / "g.csv"), "--terse"])
+    text = (tmp_path.parent / "g_feedback" / "eve.txt").read_text()
+    assert "does not load" not in text and "tensor" not in text and "hidden test" in text
+    found, _ = grade.marks(tmp_path / "eve", ["a1"], SEED)
+    assert all(len(t["output"]) < 20_000 and "\x1b" not in t["output"] and t["fault"] is None for t in found["a1"])
+    assert plain("a\nb\x1b\udcf6") == "a\nb\\x1b\\udcf6"
+
+
+@pytest.mark.parametrize("speed", ["drops", "flood"])
+def test_no_drip_and_no_flood_hold_the_grader(speed):
+    """The deadline is that of the whole conversation: not of each byte, and not of those who are never silent."""
+    ours, theirs = socket.socketpair()
+    stop = threading.Event()
+
+    def talk():
+        with contextlib.suppress(OSError):
+            while not stop.wait(0.2 if speed == "drops" else 0):
+                theirs.sendall(b"\0" if speed == "drops" else b"\0" * 8)
+    with ours, theirs:
+        line, begun = isolated.Line(ours, time.monotonic() + 1), time.monotonic()
+        theirs.sendall((10**6).to_bytes(8, "big") if speed == "drops" else b"")
+        thread = threading.Thread(target=talk, daemon=True)
+        thread.start()
+        with pytest.raises(isolated.Broken, match="late"):
+            while True:
+                line.receive()
+        stop.set()
+    assert line.late and time.monotonic() - begun < 30            # a second, with room for a busy machine
+
+
+def test_a_deep_folder_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(isolated.tempfile, "tempdir", str(tmp_path))
+    with isolated.folder_for_task() as work:
+        deep = "import os\nfor _ in range(1500):\n    os.mkdir('d'); os.chdir('d')"
+        subprocess.run([sys.executable, "-c", deep], cwd=work, check=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Landlock is Linux's")
+def test_an_older_kernel_stops_no_signals_so_python_does(tmp_path):
+    """Landlock knows signals since version 6: before, the audit hook is there, too."""
+    code = """
+import ctypes, os, sys
+from tutorials.assignments import child
+class Old:
+    def __init__(self, *args, **more):
+        self.libc = REAL(*args, **more)
+        self.prctl = self.libc.prctl
+    def syscall(self, number, *args):
+        return min(4, self.libc.syscall(number, *args)) if args == (None, 0, 1) else self.libc.syscall(number, *args)
+REAL, child.ctypes.CDLL = ctypes.CDLL, Old
+child.guard(sys.argv[1], sys.path)
+try:
+    os.kill(os.getppid(), 0)
+except PermissionError as e:
+    print(e)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "os.kill is not for submissions\n", done.stderr
+
+
 def test_without_names_a_class_is_graded_in_what_it_handed_in(tmp_path, asked, capsys):
     """No student is told that seven other assignments are missing; nothing at all is one sentence."""
     for path in ("work/a1.py", "nested/sub/a1.py"):
@@ -481,6 +588,7 @@ def test_without_names_a_class_is_graded_in_what_it_handed_in(tmp_path, asked, c
     rows = list(csv.DictReader((tmp_path / "grades.csv").open(encoding="utf-8")))
     assert [row["note"] for row in rows] == ["a1.py is missing: it lies in sub/a1.py, so move it up", ""]
     assert list(rows[0]) == ["student", *assignment("a1").tasks, "total", "marks", "note"]
+    assert "are missing" in grade.missing(tmp_path, ["a1", "a2"], [])
     with pytest.raises(UserError, match=r"a1\.py is missing: it lies in sub/a1\.py, so move it up"):
         grade.main([str(tmp_path / "class" / "nested"), "--seed", str(SEED)])
     (tmp_path / "class" / "work" / "a1.py").unlink()

@@ -26,7 +26,7 @@ COMMON = ("LICENSE", "nano_dmd/**/*.py", "nano_dmd/assets/*", "toy/*.py", "tutor
           "tutorials/assignments/*.py")
 
 NOTEBOOKS = {"a1": ("00", "01"), "a2": ("02", "03"), "a3": ("04",), "a4": ("06",), "a5": ("05",), "a6": ("12",),
-             "a7": ("08", "13"), "a8": ("11", "15")}              # of the week plan in instructor/README.md
+             "a7": ("08", "11", "13"), "a8": ("11", "15")}              # of the week plan in instructor/README.md
 
 START = """# Assignments
 
@@ -231,7 +231,7 @@ def main(argv=None):
     names = chosen(args.assignments, [guess] if guess in NAMES else [])
     if not names:
         raise UserError(f"which assignment is {args.autograder}? Call it a1.zip, or say --assignments a1")
-    seed = grade.seed_of(args.seed_file) if args.seed_file else args.seed or secrets.randbelow(2**62) + 1
+    seed = grade.seed_of(args.seed_file) if args.seed_file is not None else args.seed or secrets.randbelow(2**62) + 1
     autograder(args.autograder, names, seed)
     print(f"{args.autograder}: {', '.join(names)}; its seed is in the file `seed` inside. Keep the zip from students.")
 

@@ -12,23 +12,31 @@ Student code never runs in this process (assignments/isolated.py), and no submis
 import argparse
 import ast
 import csv
-import re
 import time
 from pathlib import Path
 
 from nano_dmd.engine.config import number, parser
 from nano_dmd.engine.files import UserError, command, note, write_atomic, write_json
 from tutorials.assignments.checking import PUBLIC_SEED
-from tutorials.assignments.isolated import assignment, run_task
+from tutorials.assignments.isolated import LARGEST_FILE, Fault, assignment, plain, run_task
 from tutorials.assignments.stubs import NAMES, PUBLIC
 
 GRADER = 0.7                                                      # of the marks; the rubric in instructor/README.md has the rest
 
 
 def grade(name, path, seed):
-    """[{number, name, score, max_score, output}] per task of one assignment's file."""
-    known = assignment(name)
+    """[{number, name, score, max_score, output, fault}] per task of one assignment's file."""
+    known, size = assignment(name), Path(path).stat().st_size
+    if size >= LARGEST_FILE:
+        return [unread(known, task, f"{name}.py was not graded: it has {size / 2**20:.1f} MiB, 1 is the most")
+                for task in known.tasks]
     return [grade_task(known, task, path, seed) for task in known.tasks]
+
+
+def unread(known, task, why):
+    """The marks of a task whose file was not found, not taken or did not load."""
+    return dict(number=task, name=f"{task} {known.tasks[task]}", score=0, max_score=known.points(task),
+                output=plain(why), fault=plain(why))
 
 
 def grade_task(known, task, path, seed):
@@ -36,10 +44,10 @@ def grade_task(known, task, path, seed):
         answers, printed = run_task(known.name, task, path, seed)
     except Exception as e:                                        # the grader's own fault, or something new to break it with
         said = f"{known.name}.py was not graded: the grader failed here, tell the staff ({type(e).__name__}: {e})"
-        answers, printed = [" ".join(said.split())[:300]], ""
+        return unread(known, task, " ".join(said.split())[:300])
+    if isinstance(answers[0], Fault):
+        return unread(known, task, answers[0] + f"\nprinted: {printed}" * bool(printed))
     score, lines = 0, []
-    if fault(answers[0] or ""):
-        lines, answers = answers[:1], []                          # once, not for each check
     for check, why in zip(known.of(task), answers):
         score += check.points if why is None else 0
         lines.append(f"{'passed' if why is None else 'FAILED'} ({check.points:g}) {check.title}")
@@ -47,7 +55,7 @@ def grade_task(known, task, path, seed):
     if printed:
         lines.append(f"printed: {printed}")
     return dict(number=task, name=f"{task} {known.tasks[task]}", score=score, max_score=known.points(task),
-                output="\n".join(lines).encode(errors="backslashreplace").decode())     # a lone surrogate cannot be written
+                output="\n".join(plain(line) for line in lines), fault=None)
 
 
 ODD_IMPORTS = {"tutorials", "instructor", "remote", "child", "ctypes", "subprocess", "socket", "signal", "multiprocessing",
@@ -66,9 +74,11 @@ def suspicious(path):
     """Lines that no assignment needs, for a person to look at: ["line 3: ctypes", ...].  No proof, and easily hidden from."""
     solved = IN_LIBRARY.get(Path(path).stem, {})
     try:
+        if Path(path).stat().st_size >= LARGEST_FILE:
+            return []
         tree = ast.parse(Path(path).read_bytes())
     except (SyntaxError, ValueError, RecursionError, MemoryError, OSError):
-        return []                                                 # then it does not load, which is said
+        return []                                                 # it did not load, or was not graded: that is said
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -98,51 +108,57 @@ def find(folder, names):
     return {name: path for name, path in files.items() if path.is_file() and not path.is_symlink()}     # a link may lead anywhere
 
 
-def inside(folder):
-    """Files of a submission's folder, relative; without caches, hidden files and what a hand-out puts there."""
-    files = [p.relative_to(folder) for p in sorted(Path(folder).rglob("*")) if p.is_file() or p.is_symlink()]
+def inside(folder, most=2000, deep=10):
+    """Files of a submission's folder, relative; without caches, hidden files and what a hand-out puts there.
+
+    Not endless: the first `most` folders, `deep` levels down.
+    """
+    found, todo = [], [Path(folder)]
+    for at in todo:                                               # todo grows meanwhile
+        for p in sorted(at.iterdir()):
+            if p.name.startswith((".", "__")):
+                continue
+            if not p.is_dir() or p.is_symlink():
+                found.append(str(p.relative_to(folder)))
+            elif len(todo) < most and len(p.relative_to(folder).parts) < deep:
+                todo.append(p)
     known = {file.format(name=name) for name in NAMES for file in PUBLIC}
-    return [str(p) for p in files if str(p) not in known and not any(part.startswith((".", "__")) for part in p.parts)]
+    return [p for p in found if p not in known]
 
 
-def missing(folder, names):
-    """One sentence: why there is no NAME.py to grade, from what is there instead."""
-    held, wanted = inside(folder), [f"{name}.py" for name in names]
+def missing(folder, names, held):
+    """One sentence: why there is no NAME.py to grade, from the files `held` there instead."""
+    wanted, why = [f"{name}.py" for name in names], ""
     if any(Path(folder, file).is_symlink() for file in wanted):
         why = "it is a link, and links are not followed"
     elif nested := [h for h in held if Path(h).name in wanted]:
         wanted, why = [Path(nested[0]).name], f"it lies in {nested[0]}, so move it up"
     elif packed := [h for h in held if h.lower().endswith((".zip", ".rar", ".7z", ".tar", ".gz", ".tgz"))]:
         why = f"{packed[0]} is not unpacked"
-    else:
-        why = f"there is {', '.join(held[:3])}; rename what is meant" if held else ""
-        why = why or "the folder is empty" * (not any(Path(folder).glob("*")))
-    return ", ".join(wanted) + " is missing" + f": {why}" * bool(why)
+    elif held:
+        why = f"there is {', '.join(held[:3])}; rename what is meant"
+    elif not any(Path(folder).glob("*")):
+        why = "the folder is empty"
+    return ", ".join(wanted) + (" is missing" if len(wanted) == 1 else " are missing") + f": {why}" * bool(why)
 
 
-def others(folder, name):
+def others(held, name):
     """Files that may be meant instead of the NAME.py that was graded: a sentence in a list, or none."""
-    alike = [h for h in inside(folder) if Path(h).stem.lower().startswith(name) and h.endswith((".py", ".ipynb", ".zip"))]
+    alike = [h for h in held if Path(h).stem.lower().startswith(name) and h.lower().endswith((".py", ".ipynb", ".zip"))]
     return [f"{name}.py was graded, and there is {', '.join(alike[:3])}"] * bool(alike)
 
 
-FAULT = re.compile(r"a\d\.py (is missing|does not load|was not graded).*")
-
-
-def fault(output):
-    """Why a whole file scores nothing, in one sentence; None where its functions were asked."""
-    return (found := FAULT.match(output)) and found[0]
-
-
-def visible(output, hidden):
+def visible(task, hidden):
     """What the student reads about a task; hidden: not what failed, but that the file was not found or did not load."""
-    return (fault(output) or "hidden test: see the public ones for what is asked") if hidden else output
+    return (task["fault"] or "hidden test: see the public ones for what is asked") if hidden else task["output"]
 
 
 def results(tests, seconds, hidden, odd=()):
     """Gradescope's format; hidden: students see the marks of a task and not what failed.  odd: for the staff's eyes."""
     shown = [dict(t, status="passed" if t["score"] == t["max_score"] else "failed", visibility="visible",
-                  output=visible(t["output"], hidden)) for t in tests]
+                  output=visible(t, hidden)) for t in tests]
+    for t in shown:
+        del t["fault"]                                            # Gradescope does not know it
     if odd:
         shown.append(dict(number="staff", name="look at what no assignment needs", score=0, max_score=0, output="\n".join(odd),
                           status="passed", visibility="hidden"))
@@ -152,13 +168,14 @@ def results(tests, seconds, hidden, odd=()):
 
 def marks(folder, names, seed):
     """{assignment: its tasks' marks} of one submission; a missing file scores 0.  And what is odd in its files."""
-    files, found, odd = find(folder, names), {}, []
+    files, held, found, odd = find(folder, names), inside(folder), {}, []
     for name in names:
-        known, path = assignment(name), files.get(name)
-        found[name] = grade(name, path, seed) if path else [
-            dict(number=t, name=f"{t} {title}", score=0, max_score=known.points(t), output=missing(folder, [name]))
-            for t, title in known.tasks.items()]
-        odd += [f"{name}.py {line}" for line in suspicious(path)] + others(folder, name) if path else []
+        if path := files.get(name):
+            found[name] = grade(name, path, seed)
+            odd += [f"{name}.py {line}" for line in suspicious(path)] + others(held, name)
+        else:
+            known, why = assignment(name), missing(folder, [name], held)
+            found[name] = [unread(known, task, why) for task in known.tasks]
     return found, odd
 
 
@@ -167,7 +184,7 @@ def as_text(found, hidden=False):
     lines = []
     for name, tests in found.items():
         for t in tests:
-            lines += [f"{t['score']:5g} / {t['max_score']:<3g} {t['name']}", indent(visible(t["output"], hidden))]
+            lines += [f"{t['score']:5g} / {t['max_score']:<3g} {t['name']}", indent(visible(t, hidden))]
         total, full = (sum(t[key] for t in tests) for key in ("score", "max_score"))
         lines += [f"{total:5g} / {full:<3g} {assignment(name).title}", ""]
     return "\n".join(lines)
@@ -175,32 +192,43 @@ def as_text(found, hidden=False):
 
 def table(folder, names, seed, out, hidden):
     """grades.csv of all folders in `folder`: student, marks per task, total, marks, note; and a text for each student."""
-    feedback = Path(out).with_name(Path(out).stem + "_feedback")
-    ours = Path(out).resolve(), feedback.resolve()                # where they lie among the submissions
-    held = sorted(p for p in Path(folder).iterdir() if p.name[0] != "." and p.resolve() not in ours)
+    if Path(folder).resolve() in Path(out).resolve().parents:
+        raise UserError(f"--csv {out} lies in {folder}, among the submissions; give a place outside it")
+    held = sorted(p for p in Path(folder).iterdir() if not p.name.startswith((".", "__")))
     if not any(p.is_dir() for p in held):
         raise UserError(f"{folder} holds no folders; --csv wants one for each student, with the file directly in it")
     names = names or [name for name in NAMES if any(find(p, [name]) for p in held if p.is_dir())]
     if not names:
         raise UserError(f"no folder in {folder} has a file to grade; name what was due: --assignments a1 for example")
     tasks = [task for name in names for task in assignment(name).tasks]
-    feedback.mkdir(exist_ok=True)
-    with open(out, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+    feedback = Path(out).with_name(Path(out).stem + "_feedback")
+    feedback.mkdir(parents=True, exist_ok=True)
+    with open(out, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["student", *tasks, "total", "marks", "note"])
         for student in held:
-            notes, total, row = ["not graded: this is no folder; unpack or move it into one"], "-", [""] * (len(tasks) + 2)
-            if student.is_dir():
-                found, odd = marks(student, names, seed)
-                tests = sum(found.values(), [])
-                total = sum(t["score"] for t in tests)
-                notes = [*dict.fromkeys(said for t in tests if (said := fault(t["output"]))), *odd]
-                write_atomic(feedback / f"{student.name}.txt", as_text(found, hidden).encode())
-                row = [*(f"{t['score']:g}" for t in tests), f"{total:g}", f"{GRADER * total:g}"]
-            writer.writerow([student.name, *row, "; ".join(notes)])
+            try:
+                row, notes = graded(student, names, seed, feedback, hidden)
+            except Exception as e:                                # no submission stops the others' grading
+                row, notes = None, [f"not graded: the grader failed here, tell the staff ({type(e).__name__}: {e})"[:300]]
+            row = row or [*[""] * len(tasks), "-", ""]
+            name, said = (plain(text).replace("\n", "\\n") for text in (student.name, "; ".join(notes)))
+            writer.writerow(["'" * (name[0] in "=+-@") + name, *row, said])               # ' : no formula of a spreadsheet
             file.flush()                                          # an interrupted run keeps what it has
-            print(f"{total:>5}  {student.name}" + f"  ({'; '.join(notes)})" * bool(notes))
+            print(f"{row[-2]:>5}  {name}" + f"  ({said})" * bool(said))
     print(f"{out} has the marks, {feedback}/ a text for each student")
+
+
+def graded(student, names, seed, feedback, hidden):
+    """(the numbers of one row of grades.csv, or None; its notes); writes the student's text."""
+    if student.is_symlink() or not student.is_dir():
+        return None, ["not graded: this is " + ("a link" if student.is_symlink() else "no folder; unpack or move it into one")]
+    found, odd = marks(student, names, seed)
+    tests = sum(found.values(), [])
+    write_atomic(feedback / f"{student.name}.txt", as_text(found, hidden).encode())
+    total = sum(t["score"] for t in tests)
+    faults = dict.fromkeys(t["fault"] for t in tests if t["fault"])
+    return [*(f"{t['score']:g}" for t in tests), f"{total:g}", f"{GRADER * total:g}"], [*faults, *odd]
 
 
 def seed_of(path):
@@ -238,7 +266,7 @@ def main(argv=None):
     if args.csv:
         return table(args.folder, names, seed, args.csv, args.terse)
     if not files and not names:
-        raise UserError(f"nothing to grade in {args.folder}: {missing(args.folder, NAMES)} "
+        raise UserError(f"nothing to grade in {args.folder}: {plain(missing(args.folder, NAMES, inside(args.folder)))} "
                         "(folders of a whole class need --csv)")
     found, odd = marks(args.folder, names or list(files), seed)
     print(as_text(found))

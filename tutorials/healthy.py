@@ -9,7 +9,6 @@ is in the folder already is not trained again. In the second each thin line is a
 """
 
 import math
-
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -89,7 +88,7 @@ def draw(rows, good=()):
 def main(argv=None):
     p = parser("python -m tutorials.healthy", __doc__)
     p.add_argument("picture", type=picture, help="file to write: " + ", ".join(FORMATS))
-    p.add_argument("--out", type=Path, default=Path("runs/healthy"), help="folder of the runs")
+    p.add_argument("--out", type=Path, help="folder of the runs (default: runs/healthy, runs/healthy-mnist)")
     p.add_argument("--preset", choices=("digits", "mnist"), default="digits", help="what to train on (default: digits)")
     p.add_argument("--runs", type=Path, help="a folder of nano_dmd.compare: draw its runs, all seeds")
     args = p.parse_args(argv)
@@ -102,7 +101,7 @@ def main(argv=None):
         names = sorted({folder.parent.name for folder in runs})
         found = {name: [read_log(f) for f in runs if f.parent.name == name] for name in names}, []
     else:
-        found = logs_of(args.out, args.preset)
+        found = logs_of(args.out or Path("runs", "healthy" + "-mnist" * (args.preset == "mnist")), args.preset)
     save_figure(draw(*found), args.picture)
     print(f"wrote {args.picture}")
 

@@ -61,8 +61,8 @@ def limit(seconds, mebibytes, output):
 def guard(work, readable, kernel=True):
     """Files: read those below `readable` and write below `work`, nothing else.  Signals to other processes: none.
 
-    By the kernel (Landlock, Linux 5.13 and later), for everything that this process will ever start.  Elsewhere by
-    Python's audit hook, which holds against Python code alone.
+    By the kernel (Landlock), for everything that this process will ever start: files since Linux 5.13, signals since 6.12.
+    Before that by Python's audit hook, too, which holds against Python code alone.
     """
     readable = [p for p in readable if os.path.exists(p)]
     if not (LINUX and kernel and landlock(work, readable)):
@@ -70,7 +70,7 @@ def guard(work, readable, kernel=True):
 
 
 def landlock(work, readable):
-    """True if the kernel does it.  Numbers: linux/landlock.h."""
+    """True if the kernel does all of it.  Numbers: linux/landlock.h."""
     libc = ctypes.CDLL(None, use_errno=True)
     version = libc.syscall(444, None, 0, 1)
     if version < 1:
@@ -87,7 +87,7 @@ def landlock(work, readable):
     libc.prctl(38, 1, 0, 0, 0)                                    # no new privileges
     done = libc.syscall(446, rules, 0) == 0
     os.close(rules)
-    return done
+    return done and version >= 6
 
 
 def audit(work, readable):

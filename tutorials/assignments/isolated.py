@@ -27,6 +27,7 @@ from tutorials.assignments.remote import LARGEST, Broken, Peer, Remote, describe
 HERE = Path(__file__).parent
 LIBRARY = ("nano_dmd", "toy", "tutorials/assignments/child.py", "tutorials/assignments/remote.py")
 OUTPUT = 200_000                                                  # bytes that a task may print, and of a file it may write
+LARGEST_FILE = 2**20                                              # bytes of a file of a submission
 SECONDS = None                                                    # replaces every assignment's own limit, for tests
 KERNEL = True                                                     # False: Python's own wall alone, for tests
 
@@ -35,17 +36,26 @@ def assignment(name):
     return import_module(f"tutorials.assignments.{name}.checks").A
 
 
+class Fault(str):
+    """Why a whole file scores nothing.  A type of its own: a student can write any text."""
+
+
+def plain(text):
+    """A student's text for screens and files: no control characters, no half characters, not endless."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text[:2000])
+
+
 def explain(error, path):
     """One or two lines that a student can act on."""
     kind, text, line = describe(error, str(path))
     if isinstance(error, NotImplementedError):
-        return f"not done yet: {error}"
+        return plain(f"not done yet: {error}")
     if isinstance(error, AssertionError):
-        return str(error) or "an assertion without a message failed"
+        return plain(str(error)) or "an assertion without a message failed"
     if kind == "SystemExit":
         return "the code called exit(); a function returns its result instead"
     where = f" at {path.name} line {line}" if line else ""
-    return f"{kind}{where}: {(text.strip() or 'no message').splitlines()[0][:200]}"
+    return plain(f"{kind}{where}: {(text.strip() or 'no message').splitlines()[0][:200]}")
 
 
 # ---- the process that forks a child for each task
@@ -121,7 +131,9 @@ class Line:
     @contextlib.contextmanager
     def watched(self):
         try:
-            self.channel.settimeout(max(1e-3, self.deadline - time.monotonic()))
+            if (left := self.deadline - time.monotonic()) <= 0:
+                raise TimeoutError
+            self.channel.settimeout(left)
             yield
         except TimeoutError as e:
             self.late = True
@@ -133,23 +145,27 @@ class Line:
         with self.watched():
             self.channel.sendall(len(message).to_bytes(8, "big") + message)
 
-    def receive(self):
+    def recv(self, count):
+        """Some bytes.  Each call has its own timeout: a drop now and then must not hold the grader."""
         with self.watched():
-            length = int.from_bytes(read_exactly(self.channel, 8), "big")
-            if length > LARGEST:
-                raise Broken(f"what came from the code's process is no message ({length} bytes)")
-            return read_exactly(self.channel, length)
+            if part := self.channel.recv(count):
+                return part
+            raise EOFError
+
+    def receive(self):
+        length = int.from_bytes(read_exactly(self, 8), "big")
+        if length > LARGEST:
+            raise Broken(f"what came from the code's process is no message ({length} bytes)")
+        return read_exactly(self, length)
 
 
 def run_task(name, task, path, seed):
     """([None or message per check of the task], what the code printed)."""
     known, path = assignment(name), Path(path)
     seconds = SECONDS or known.seconds
-    with tempfile.TemporaryDirectory(prefix="task", ignore_cleanup_errors=True) as work, \
-            tempfile.NamedTemporaryFile("w+", errors="replace") as printed:
-        shutil.copy(path, work)
-        for file in path.parent.glob("*.py"):                     # a submission may have helpers
-            if file.is_file() and not file.is_symlink() and file.stat().st_size < 2**20:
+    with folder_for_task() as work, tempfile.NamedTemporaryFile("w+", errors="replace") as printed:
+        for file in [path, *sorted(path.parent.glob("*.py"))[:100]]:                    # a submission may have helpers
+            if file.is_file() and not file.is_symlink() and file.stat().st_size < LARGEST_FILE:
                 shutil.copy(file, work)
         ours, theirs = socket.socketpair()
         output, at = os.open(printed.name, os.O_WRONLY | os.O_APPEND), started()
@@ -167,8 +183,18 @@ def run_task(name, task, path, seed):
             why = f"stopped after {seconds} s of computing: is there a loop without an end?"
         elif why in ("gone", "late"):
             why = f"the code ended the whole process (exit status {status}): functions return, they do not exit"
-        why = why if loaded else f"{path.name} does not load: {why}"
+        why = why if loaded else Fault(f"{path.name} does not load: {why}")
         return answers + [why] * (len(known.of(task)) - len(answers)), printed.read(2000)
+
+
+@contextlib.contextmanager
+def folder_for_task():
+    """A folder that is gone afterwards, however deep the student's code has made it: Python's own rmtree is recursive."""
+    work = tempfile.mkdtemp(prefix="task")
+    try:
+        yield work
+    finally:
+        subprocess.run(["rm", "-rf", "--", work], stderr=subprocess.DEVNULL)
 
 
 def judge(known, task, path, seed, line):
