@@ -436,7 +436,8 @@ def asked(monkeypatch):
     note.cache_clear()                                            # it says a thing once
     def answers(name, task, path, seed):
         if "broken" in path.read_text():
-            return [Fault("a1.py does not load: SyntaxError at a1.py line 1: invalid syntax")] * len(assignment(name).of(task)), ""
+            said = Fault("a1.py does not load: SyntaxError at a1.py line 1: invalid syntax")
+            return [said] * len(assignment(name).of(task)), ""
         return [*ANSWERS.get(task, []), *[None] * len(assignment(name).of(task))][:len(assignment(name).of(task))], ""
     monkeypatch.setattr(grade, "run_task", answers)
 
@@ -494,7 +495,8 @@ def test_strange_folders_stop_nobody(tmp_path, asked, capsys):
     (folder / "friend").symlink_to("zoe")
     (folder / "__MACOSX").mkdir()
     rows, printed = graded(folder), capsys.readouterr().out
-    assert set(rows) == {"zoe", "'=HYPERLINK(1)", "x\\n  100  bob", "ctrl\\x1b[31m", "deep", "big", "latin", "n" * 245, "loop", "friend"}
+    assert set(rows) == {"zoe", "'=HYPERLINK(1)", "x\\n  100  bob", "ctrl\\x1b[31m", "deep", "big", "latin", "n" * 245, "loop",
+                         "friend"}
     assert float(rows["zoe"]["total"]) > 80 and rows["zoe"]["total"] == rows["deep"]["total"] == rows["ctrl\\x1b[31m"]["total"]
     assert rows["big"]["note"] == "a1.py was not graded: it has 1.1 MiB, 1 is the most" and rows["big"]["total"] == "0"
     assert rows["friend"]["note"] == rows["loop"]["note"] == "not graded: this is a link" and rows["friend"]["marks"] == ""
@@ -567,7 +569,8 @@ class Old:
         self.libc = REAL(*args, **more)
         self.prctl = self.libc.prctl
     def syscall(self, number, *args):
-        return min(4, self.libc.syscall(number, *args)) if args == (None, 0, 1) else self.libc.syscall(number, *args)
+        answer = self.libc.syscall(number, *args)
+        return min(4, answer) if args == (None, 0, 1) else answer
 REAL, child.ctypes.CDLL = ctypes.CDLL, Old
 child.guard(sys.argv[1], sys.path)
 try:
