@@ -181,10 +181,12 @@ def marks(folder, names, seed):
 
 def as_text(found, hidden=False):
     """The marks of one submission for reading: each task with what its checks said, and each assignment's sum."""
-    lines = []
+    lines, told = [], set()
     for name, tests in found.items():
         for t in tests:
-            lines += [f"{t['score']:5g} / {t['max_score']:<3g} {t['name']}", indent(visible(t, hidden))]
+            lines += [f"{t['score']:5g} / {t['max_score']:<3g} {t['name']}"]
+            lines += [indent(visible(t, hidden))] * (t["fault"] not in told)            # a fault of the file: once, not per task
+            told |= {t["fault"]} - {None}
         total, full = (sum(t[key] for t in tests) for key in ("score", "max_score"))
         lines += [f"{total:5g} / {full:<3g} {assignment(name).title}", ""]
     return "\n".join(lines)

@@ -55,7 +55,8 @@ def explain(error, path):
     if kind == "SystemExit":
         return "the code called exit(); a function returns its result instead"
     where = f" at {path.name} line {line}" if line else ""
-    return plain(f"{kind}{where}: {(text.strip() or 'no message').splitlines()[0][:200]}")
+    text = (text.strip() or "no message").splitlines()[0].removesuffix(f" ({path.name}, line {line})")      # a SyntaxError's
+    return plain(f"{kind}{where}: {text[:200]}")
 
 
 # ---- the process that forks a child for each task
