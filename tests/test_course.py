@@ -176,7 +176,7 @@ def test_hand_outs_agree_with_the_rubric(name):
     text, marks = read(f"{name}/README.md"), rubric()
     assert not re.search(r"ungraded|not graded", text) and sum(marks.values()) == 100
     said = " ".join(text.split())
-    assert f"The grader's points make {marks['grader']} of 100 marks." in said
+    assert f"The grader prints up to 100 points. They make {marks['grader']} of 100 marks." in said
     assert re.findall(r"by hand: (\d+) for the predictions .*?, (\d+) for the figure, (\d+) for the report or discussion, "
                       r"(\d+) for ten minutes of questions", said) == [tuple(str(n) for n in list(marks.values())[1:])]
     assert grade.GRADER == marks["grader"] / 100

@@ -66,7 +66,7 @@ ODD_ATTRIBUTES = {"fork", "kill", "killpg", "system", "_exit", "setsid", "_getfr
 
 
 # What the library has and a task asks for: an import of it earns marks, so a person should see it.
-IN_LIBRARY = {"a1": {"WEIGHTS": "A1.3"}, "a3": {"critic_logit_loss": "A3.1"}, "a5": {"FromFlow": "A5.1"},
+IN_LIBRARY = {"a1": {"WEIGHTS": "A1.3"}, "a3": {"critic_logit_loss": "A3.1", "WEIGHTS": "A3.4"}, "a5": {"FromFlow": "A5.1"},
               "a7": {"augmentation_gradient": "A7.2"}, "a8": {"FromFlow": "A8.1", "ode_step": "A8.4", "guided": "A8.4"}}
 
 

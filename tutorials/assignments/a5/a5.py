@@ -25,8 +25,7 @@ def from_flow(net, x, sigma, cond=None):
 def flow_rollout(net, z, times, cond=None):
     """All clean estimates (k, B, *S) of a k-step generator, in the order they are made; differentiable in z.
 
-    Step i predicts x from its input and mixes it with the next noise:  xt = (1 - times[i]) x + times[i] z[i].  Step 0
-    takes times[0] z[0].  times k floats, descending, times[0] <= 1; net as above.
+    The input of step i > 0 is (1 - times[i]) x + times[i] z[i] with the x of the step before.  Step 0 takes times[0] z[0].  times k floats, descending, times[0] <= 1; net as above.
     At t = 1 sigma would be infinite: stay in t, do not go through from_flow.
     """
     raise NotImplementedError("A5.1 is yours to write")
@@ -52,7 +51,7 @@ def backward_simulate(net, sigmas, z, step, cond=None):
 def input_gap(mean, std, gain, shift, sigmas):
     """Wasserstein-2 distance (k,) between the input of a step when data is noised, and when sampling, for each step.
 
-    Sampling is linear:  x_i = shift[i] + gain[i] (x_{i-1} + sigmas[i] z_i)  from x = 0 before step 0; gain, shift (k, D),
+    Sampling is affine:  x_i = shift[i] + gain[i] (x_{i-1} + sigmas[i] z_i)  from x = 0 before step 0; gain, shift (k, D),
     sigmas (k,).  The input of step i is  x_{i-1} + sigmas[i] z_i  there, and  data + sigmas[i] z_i  with data, at step 0 too.
     """
     raise NotImplementedError("A5.3 is yours to write")

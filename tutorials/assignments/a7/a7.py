@@ -173,7 +173,7 @@ def spread_after(a, updates, lr, s, tau, aug, w):
 
 
 def both_rest(s, tau, match, aug, w):
-    """(M, a), floats: where both parts together come to rest. a is 0.0 where no spread can answer the push.
+    """(M, a), floats: where both parts together come to rest, w >= 1. a is 0.0 where no spread can answer the push.
 
     Asked: a to a relative 1e-6. One noise level for matching has a closed form; several need a search (a rises with
     what it has to answer).

@@ -119,7 +119,7 @@ def weighted_loss(x, g, weight):
 
         value  sum_b weight_b |g_b|^2 / 2 / sum_b weight_b        gradient at x_b  weight_b g_b / sum_b weight_b
 
-    x, g (B, *S); weight (B,) >= 0.  returns a scalar; nothing flows into g or weight, even if they carry a graph
+    x, g (B, *S); weight (B,) >= 0, not all 0.  returns a scalar; nothing flows into g or weight, even if they carry a graph
     Asked: a sample of weight 0 is left out altogether, even if its g is NaN or infinite; it gets gradient 0.
     """
     ### BEGIN SOLUTION A1.4
