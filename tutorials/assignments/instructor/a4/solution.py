@@ -219,7 +219,7 @@ def basin(s, sigma, alpha, own=0.0):
     """(low, high): the scales a > 0 from which SiD at one noise level flows to the data, in the limit of small steps.
 
     s, sigma, alpha, own numbers, 0 <= own < s, as in sid_slope; alpha may be negative.
-    An end without a boundary is 0.0 or math.inf.
+    An end without a boundary (no scale a > 0 has slope 0) is 0.0 or math.inf.
     """
     ### BEGIN SOLUTION A4.4
     square = math.inf if alpha == 1 else (alpha * s**2 + sigma**2) / (alpha - 1)                  # slope is 0 there

@@ -207,7 +207,7 @@ def ddim_step(x_vp, velocity, abar, following):
 
 
 def renoise(x_mid, t_mid, t, noise):
-    """x_t (B, *S) at t (B,), from x_mid (B, *S) at t_mid (float), t_mid <= t <= 1, with fresh noise (B, *S).
+    """x_t (B, *S) at t (B,), from x_mid (B, *S) at t_mid < 1 (float), t_mid <= t <= 1, with fresh noise (B, *S).
 
     If x_mid is (1 - t_mid) clean + t_mid noise_1, then x_t is (1 - t) clean + t noise_2, with noise_2 of unit variance.
     """
