@@ -105,7 +105,9 @@ def difference_bias(hessian, alpha):
 
 
 def f_weight(logits, f, low=0.1, high=20.0):
-    """h(r) = r^2 f''(r) at the ratio r = p_real / p_fake that the logits tell, r first cut to [low, high]; low = 0 and high = inf cut nothing.
+    """h(r) = r^2 f''(r) at the ratio r = p_real / p_fake that the logits tell, r first cut to [low, high].
+
+    low = 0 and high = inf cut nothing.
 
     logits (B,) of any size; f a convex function of tensors, elementwise, twice differentiable (f'' not constant 0)
     returns (B,), without a graph

@@ -483,10 +483,13 @@ def correlation(student, c):
 
 def box(kind):
     """An implementation of the weight with one mistake, or none."""
+    own = torch.Generator().manual_seed(8_675_309)                # a student who seeds with 0 must not draw the same noise
+
     def weigh(x, sigma, noise, logit, h):
         spread = sigma.reshape(-1, *[1] * (x.ndim - 1))
         with torch.set_grad_enabled(kind == "graph"):
-            xt = x + spread * {"fresh noise": torch.randn_like(x), "clean x": 0 * noise}.get(kind, noise)
+            fresh = torch.randn(x.shape, generator=own, dtype=x.dtype)
+            xt = x + spread * {"fresh noise": fresh, "clean x": 0 * noise}.get(kind, noise)
             log_r = logit(xt, sigma) * (-1 if kind == "sign" else 1)
             ratio = log_r.exp().clamp(0.1, 20)
             ratio = ratio / ratio.mean() if kind == "one mean" else centred(ratio, sigma)

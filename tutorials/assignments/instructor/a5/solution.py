@@ -29,7 +29,8 @@ def from_flow(net, x, sigma, cond=None):
 def flow_rollout(net, z, times, cond=None):
     """All clean estimates (k, B, *S) of a k-step generator, in the order they are made; differentiable in z.
 
-    The input of step i > 0 is (1 - times[i]) x + times[i] z[i] with the x of the step before.  Step 0 takes times[0] z[0].  times k floats, descending, times[0] <= 1; net as above.
+    The input of step i > 0 is (1 - times[i]) x + times[i] z[i] with the x of the step before.  Step 0 takes
+    times[0] z[0].  times k floats, descending, times[0] <= 1; net as above.
     At t = 1 sigma would be infinite: stay in t, do not go through from_flow.
     """
     ### BEGIN SOLUTION A5.1
