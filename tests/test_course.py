@@ -528,6 +528,22 @@ def test_a_student_cannot_write_what_only_the_grader_says(tmp_path):
     assert plain("a\nb\x1b\udcf6") == "a\nb\\x1b\\udcf6"
 
 
+@needs_solutions
+def test_a_gradient_passes_two_functions_of_the_student(tmp_path, monkeypatch):
+    """A task's function calls one of the student's on what another has answered: its gradient was lost between the two."""
+    checks = isolated.import_module("tutorials.assignments.a6.checks")
+    monkeypatch.setattr(checks, "box", lambda kind: lambda x, sigma, noise, logit, h: h(logit(x + noise, sigma) ** 2))
+    (tmp_path / "a6.py").write_text("""
+import torch
+def diagnose(weigh):
+    x, noise, sigma = torch.ones(2, 1).double().requires_grad_(), torch.ones(2, 1).double(), torch.ones(2).double()
+    out = weigh(x, sigma, noise, lambda xt, level: 2 * xt.sum(1), lambda r: 3 * r)                  # 12 (x + noise)^2
+    raise AssertionError(str(torch.autograd.grad(out.sum(), x, allow_unused=True)[0]))
+""")
+    answers, _ = run_task("a6", "A6.5", tmp_path / "a6.py", SEED)
+    assert "tensor([[48.],\n        [48.]], dtype=torch.float64)" in answers
+
+
 @pytest.mark.parametrize("speed", ["drops", "flood"])
 def test_no_drip_and_no_flood_hold_the_grader(speed):
     """The deadline is that of the whole conversation: not of each byte, and not of those who are never silent."""

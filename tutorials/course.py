@@ -48,8 +48,7 @@ how far you are:
 
 You are graded by the same checks at other constants. The grader runs your code in a process of its own, without network
 and without other files. A function that a task gives you is then asked through that process: torch.autograd works through
-it, torch.func (vmap, jvp) does not, nor does a gradient that has to pass a function of yours which a task's function
-calls (its `requires_grad` is right). Work on copies of your arguments; never change them in place.
+it as usual, torch.func (vmap, jvp) does not. Work on copies of your arguments; never change them in place.
 
 You may import what `nano_dmd` has. Where it has a task's answer (h(r) of A1.3), write your own: such an import is reported.
 

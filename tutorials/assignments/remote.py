@@ -158,7 +158,7 @@ class Peer:
     def clear(self):
         """Forget everything but the student's module, which is always c0."""
         module = getattr(self, "known", {}).get("c0")
-        self.known, self.keys, self.tensors, self.last, self.linked, self.nodes, self.new = {}, {}, {}, {}, set(), [], []
+        self.known, self.keys, self.tensors, self.last, self.linked, self.nodes, self.new = {}, {}, {}, {}, {}, [], []
         self.rng, self.fault, self.used = None, None, set()
         if module is not None:
             self.remember("c0", module)
@@ -344,17 +344,21 @@ class Peer:
 
     def declare(self, t):
         if id(t) in self.keys:
-            self.used.add(self.keys[id(t)])
+            self.use(self.keys[id(t)])
             return self.keys[id(t)]
         others = [u for k, u in self.tensors.items() if u.requires_grad and k not in self.linked]
         made_from, key, now = sources(t, others), self.number(t), state(t)
         self.nodes.append((made_from, [t]))
         self.new.append([key, now, isinstance(t, nn.Parameter), [self.keys[id(u)] for u in made_from], len(self.nodes) - 1])
         self.tensors[key], self.last[key] = t, now
-        self.used.add(key)
         if made_from:
-            self.linked.add(key)
+            self.linked[key] = [self.keys[id(u)] for u in made_from]
+        self.use(key)
         return key
+
+    def use(self, key):
+        """This call depends on a shared tensor, and on those that it was computed from: its gradient goes to them."""
+        self.used |= {key, *self.linked.get(key, ())}
 
     def accept(self, key, found, parameter, made_from, node):
         """The copy of a shared tensor; if it was computed from others, its gradient goes on to them."""
@@ -365,7 +369,7 @@ class Peer:
         if made_from:
             anchor = torch.zeros((), requires_grad=True)
             t, = Node.apply(self, node, [t.detach()], True, *[self.tensors[k] for k in made_from], anchor)
-            self.linked.add(key)
+            self.linked[key] = ()
         self.tensors[key] = self.remember(self.theirs(key), t)
         self.last[key] = state(t)
 
