@@ -26,17 +26,14 @@ GRADER = 0.7                                                      # of the marks
 
 def grade(name, path, seed):
     """[{number, name, score, max_score, output, fault}] per task of one assignment's file."""
-    known, size = assignment(name), Path(path).stat().st_size
-    if size >= LARGEST_FILE:
-        return [unread(known, task, f"{name}.py was not graded: it has {size / 2**20:.1f} MiB, 1 is the most")
-                for task in known.tasks]
+    known = assignment(name)
     return [grade_task(known, task, path, seed) for task in known.tasks]
 
 
-def unread(known, task, why):
+def unread(known, task, why, printed=""):
     """The marks of a task whose file was not found, not taken or did not load."""
     return dict(number=task, name=f"{task} {known.tasks[task]}", score=0, max_score=known.points(task),
-                output=plain(why), fault=plain(why))
+                output=plain(why) + f"\nprinted: {plain(printed)}" * bool(printed), fault=plain(why))
 
 
 def grade_task(known, task, path, seed):
@@ -46,7 +43,7 @@ def grade_task(known, task, path, seed):
         said = f"{known.name}.py was not graded: the grader failed here, tell the staff ({type(e).__name__}: {e})"
         return unread(known, task, " ".join(said.split())[:300])
     if isinstance(answers[0], Fault):
-        return unread(known, task, answers[0] + f"\nprinted: {printed}" * bool(printed))
+        return unread(known, task, answers[0], printed)
     score, lines = 0, []
     for check, why in zip(known.of(task), answers):
         score += check.points if why is None else 0
@@ -74,8 +71,6 @@ def suspicious(path):
     """Lines that no assignment needs, for a person to look at: ["line 3: ctypes", ...].  No proof, and easily hidden from."""
     solved = IN_LIBRARY.get(Path(path).stem, {})
     try:
-        if Path(path).stat().st_size >= LARGEST_FILE:
-            return []
         tree = ast.parse(Path(path).read_bytes())
     except (SyntaxError, ValueError, RecursionError, MemoryError, OSError):
         return []                                                 # it did not load, or was not graded: that is said
@@ -170,11 +165,13 @@ def marks(folder, names, seed):
     """{assignment: its tasks' marks} of one submission; a missing file scores 0.  And what is odd in its files."""
     files, held, found, odd = find(folder, names), inside(folder), {}, []
     for name in names:
-        if path := files.get(name):
+        path, known = files.get(name), assignment(name)
+        if path and (size := path.stat().st_size) < LARGEST_FILE:
             found[name] = grade(name, path, seed)
             odd += [f"{name}.py {line}" for line in suspicious(path)] + others(held, name)
         else:
-            known, why = assignment(name), missing(folder, [name], held)
+            why = f"{name}.py was not graded: it has {size / 2**20:.1f} MiB, 1 is the most" if path else missing(
+                folder, [name], held)
             found[name] = [unread(known, task, why) for task in known.tasks]
     return found, odd
 
@@ -199,7 +196,7 @@ def table(folder, names, seed, out, hidden):
     held = sorted(p for p in Path(folder).iterdir() if not p.name.startswith((".", "__")))
     if not any(p.is_dir() for p in held):
         raise UserError(f"{folder} holds no folders; --csv wants one for each student, with the file directly in it")
-    names = names or [name for name in NAMES if any(find(p, [name]) for p in held if p.is_dir())]
+    names = names or sorted({name for p in held if p.is_dir() for name in find(p, NAMES)})
     if not names:
         raise UserError(f"no folder in {folder} has a file to grade; name what was due: --assignments a1 for example")
     tasks = [task for name in names for task in assignment(name).tasks]

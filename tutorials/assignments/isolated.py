@@ -37,11 +37,11 @@ def assignment(name):
 
 
 class Fault(str):
-    """Why a whole file scores nothing.  A type of its own: a student can write any text."""
+    """Why a whole file scores nothing.  The type says who wrote the text: a student can write the same words."""
 
 
 def plain(text):
-    """A student's text for screens and files: no control characters, no half characters, not endless."""
+    """A student's text for screens and files: no control characters, no lone surrogates, not endless."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text[:2000])
 
 
@@ -165,7 +165,7 @@ def run_task(name, task, path, seed):
     known, path = assignment(name), Path(path)
     seconds = SECONDS or known.seconds
     with folder_for_task() as work, tempfile.NamedTemporaryFile("w+", errors="replace") as printed:
-        for file in [path, *sorted(path.parent.glob("*.py"))[:100]]:                    # a submission may have helpers
+        for file in dict.fromkeys([path, *sorted(path.parent.glob("*.py"))[:100]]):     # a submission may have helpers
             if file.is_file() and not file.is_symlink() and file.stat().st_size < LARGEST_FILE:
                 shutil.copy(file, work)
         ours, theirs = socket.socketpair()

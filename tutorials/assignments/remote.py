@@ -357,7 +357,7 @@ class Peer:
         return key
 
     def use(self, key):
-        """This call depends on a shared tensor, and on those that it was computed from: its gradient goes to them."""
+        """This call uses a shared tensor.  Its gradient goes to the tensors from which that one was computed, if any."""
         self.used |= {key, *self.linked.get(key, ())}
 
     def accept(self, key, found, parameter, made_from, node):
