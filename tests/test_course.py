@@ -526,7 +526,7 @@ def test_a_student_cannot_write_what_only_the_grader_says(tmp_path):
     found, _ = grade.marks(tmp_path / "eve", ["a1"], SEED)
     assert all(len(t["output"]) < 20_000 and "\x1b" not in t["output"] and t["fault"] is None for t in found["a1"])
     loud = grade.unread(assignment("a1"), "A1.1", "a1.py does not load", "hello")
-    assert loud["fault"] == "a1.py does not load" and loud["output"] == loud["fault"] + "\nprinted: hello"       # the note is short
+    assert loud["fault"] == "a1.py does not load" and loud["output"] == loud["fault"] + "\nprinted: hello"
     assert plain("a\nb\x1b\udcf6") == "a\nb\\x1b\\udcf6"
 
 
