@@ -12,9 +12,11 @@ can use different noise levels. Matching uses all. Augmentation uses only levels
 step's input.
 """
 
+from dataclasses import replace
+
 import torch
 
-from nano_dmd.dmd_loss import descend, dmd_gradient
+from nano_dmd.dmd_loss import descend, dmd_loss
 from nano_dmd.noise import add_noise, expand, interval, repeated, same_shape
 from nano_dmd.real_score import normaliser
 
@@ -31,13 +33,8 @@ def augmentation_gradient(x, d_cond, d_uncond, w):
 
 
 def matching_loss(x, nets, batch, cfg):
-    """dmd_loss with the unguided teacher, at cfg.dm_sigma; returns (n B,), n = cfg.noisings."""
-    x, cond = repeated(x, batch.cond, cfg.noisings)
-    sigma, noise = batch.noising(cfg.dm_sigma, x)
-    xt = add_noise(x, sigma, noise)
-    with torch.no_grad():
-        d_cond, d_fake = nets.real.denoiser(xt, sigma, cond), nets.fake(xt, sigma, cond)
-    return descend(x, dmd_gradient(x, d_cond, d_fake)).flatten(1).mean(1)
+    """dmd_loss with the unguided teacher; returns (n B,), n = cfg.noisings."""
+    return dmd_loss(x, replace(nets, real=nets.real.denoiser), batch, cfg)
 
 
 def augmentation_loss(x, nets, batch, cfg):

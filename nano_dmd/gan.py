@@ -5,6 +5,8 @@ section 4.3). Both kinds of sample are noised before the critic looks. So the tw
 overlap, and the gradient is informative at every scale.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,7 +29,7 @@ class Discriminator(nn.Module):
         layers = []
         while pixels and pixels[0] > 8:
             layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1)]
-            layers += [nn.GroupNorm(min(32, channels), channels), nn.SiLU()]
+            layers += [nn.GroupNorm(math.gcd(32, channels), channels), nn.SiLU()]
             pixels = [n // 2 for n in pixels]
         size = channels * torch.Size(pixels).numel()
         layers += [nn.Flatten(), nn.LayerNorm(size), nn.Linear(size, width), nn.SiLU()]

@@ -365,7 +365,7 @@ MUTANTS = [
            f"{DECOUPLED}:augmentation_gradient", "expand(normaliser(x, d_cond), x)", "normaliser(x, d_cond).mean()",
            on_family.test_decoupled_is_guided_dmd_taken_apart),
     Mutant("decoupled: matching with the guided teacher", "",
-           f"{DECOUPLED}:matching_loss", "nets.real.denoiser(xt", "nets.real(xt",
+           f"{DECOUPLED}:matching_loss", "nets.real.denoiser", "nets.real",
            on_family.test_decoupled_losses_have_noise_of_their_own),
     Mutant("decoupled: augmentation over the whole range", "",
            f"{DECOUPLED}:augmentation_loss", "interval(0, batch.level, cfg.least_sigma)", "cfg.dm_sigma",

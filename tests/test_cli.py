@@ -110,8 +110,8 @@ MISTAKES = [
         "1,2", "1,1", "0", "-1", "", "1,", "a", "nan", "inf", "inf,1", "2;1", "t-1", "t", "t1000", "1e300")],
     (["--sigmas", "2,1"], "one-step"),                                                # dmd regresses to pairs
     (["--method", "sid", "--w_gan", "1"], "give both, or 0 to both"),
-    (["--method", "sid", "--w_sid", "0"], "--w_sid"),
-    (["--method", "regression", "--w_reg", "0"], "--w_reg"),
+    (["--method", "sid", "--w_sid", "0"], "nothing to minimise: give one of --w_sid"),
+    (["--method", "regression", "--w_reg", "0", "--dry-run"], "--w_reg"),
     (["--method", "f_distill", "--w_gan", "0", "--w_disc", "0"], "--w_disc 0: this method reads p_real / p_fake off its"),
     (["--method", "f_distill", "--ratio", "exact"], "--ratio exact needs a teacher toy:NAME, not 'digits'"),
     (["--method", "f_distill", "--w_disc", "0"], "--w_gan 0.1 and --w_disc 0.0: give both"),
@@ -164,6 +164,12 @@ def test_data_of_another_shape(complain, toy_run):
     """The GAN would compare digits with points; the mismatch is named before anything is written."""
     text = complain(TOY + ["--data", "digits"])                   # toy_run has trained the teacher
     assert "--data digits has (1, 8, 8) samples in 10 classes, --teacher toy:ring8 makes (2,) in 0" in text
+
+
+@pytest.mark.parametrize("flags", [["--reg_loss", "lpips"], ["--flip"]], ids=" ".join)
+def test_flags_for_images(complain, toy_run, flags):
+    """A distance of pictures and a mirror mean nothing to points."""
+    assert f"{flags[0]}" in complain([*TOY, *flags])
 
 
 def test_unwritable_folder(complain, tmp_path):

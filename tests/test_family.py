@@ -23,6 +23,7 @@ from nano_dmd.f_distill import WEIGHTS, centred, exact_log_ratio, f_distill_loss
 from nano_dmd.fake_score import denoising_loss
 from nano_dmd.gan import gan_critic_loss
 from nano_dmd.generator import Generator, ode_step
+from nano_dmd.methods import Nets
 from nano_dmd.noise import draw_sigma, expand, interval, parse_sigma
 from nano_dmd.real_score import RealScore
 from nano_dmd.real_uid import real_uid_critic_loss, real_uid_integrand, real_uid_loss
@@ -266,7 +267,7 @@ def conditional_nets(guidance=3.0):
     labels = torch.tensor([0, 1, 1])
     real = Mixture([[-0.5, 0.2], [0.4, -0.3], [0.3, 0.6]], [0.3, 0.4, 0.5], [0.5, 0.3, 0.2], labels).to(torch.float64)
     fake = Mixture([[0.1, 0.1], [-0.3, 0.5]], [0.5, 0.3], labels=torch.tensor([0, 1])).to(torch.float64)
-    return SimpleNamespace(real=RealScore(real, guidance), fake=fake, sigma_data=0.5)
+    return Nets(RealScore(real, guidance), fake, None, None, None, sigma_data=0.5)
 
 
 def test_decoupled_losses_have_noise_of_their_own():
@@ -291,7 +292,7 @@ def test_augmentation_does_not_look_at_the_fake_score():
     nets, cond = conditional_nets(), torch.tensor([0, 1, 1, 0, 1, 0])
     x, sigma, noise, _ = curved_case()
     cfg = config(guidance=3.0, least_sigma=0.02)
-    del nets.fake
+    nets.fake = None
     assert gradient(augmentation_loss, x, nets, asked((sigma, noise), cond=cond, level=1.5), cfg).abs().max() > 0.01
 
 

@@ -265,8 +265,11 @@ def validate_method(cfg):
     """Raise UserError for settings of losses that do not go together."""
     knobs = METHODS[cfg.method].knobs
     by_critic = "ratio" in knobs and cfg.ratio == "critic"        # it may do without w_gan
+    weights = [weight for weight, _ in METHODS[cfg.method].generator]
     uses_disc = "w_disc" in [weight for weight, _ in METHODS[cfg.method].critic] and cfg.w_disc
     rules = {
+        f"nothing to minimise: give one of {', '.join('--' + w for w in weights)} a weight":
+            not any(getattr(cfg, weight) for weight in weights),
         f"--w_gan {cfg.w_gan} and --w_disc {cfg.w_disc}: give both, or 0 to both":
             bool(cfg.w_gan) != bool(cfg.w_disc) and not (by_critic and cfg.w_disc),
         "--w_disc 0: this method reads p_real / p_fake off its discriminator, give --w_disc, or "

@@ -10,7 +10,7 @@ from nano_dmd.methods import needs
 from nano_dmd.real_score import RealScore
 from nano_dmd.teacher import load_teacher, make_pairs
 from nano_dmd.teachers import zoo
-from nano_dmd.teachers.data import load_data, resident
+from nano_dmd.teachers.data import load_data, numbers, resident
 
 
 def find_teacher(cfg, device, resumed=""):
@@ -25,12 +25,11 @@ def find_teacher(cfg, device, resumed=""):
     options = dict(steps=cfg.teacher_steps, seed=cfg.teacher_seed, compile=cfg.compile)
     more = dict(data=cfg.data, revision=cfg.revision)
     teacher = load_teacher(cfg.teacher, device, **more, **options)
+    check_guidance(cfg, teacher.classes, teacher.recipe or zoo.RECIPES["toy"])
     if teacher.net is None:
-        check_guidance(cfg, teacher.classes, zoo.RECIPES["toy"])
         what = cfg.teacher, cfg.teacher, zoo.RECIPES["toy"], device
         net, recipe = zoo.fit_or_load(*what, **options)
         teacher = teacher._replace(net=net, recipe=recipe)
-    check_guidance(cfg, teacher.classes, teacher.recipe)
     return teacher
 
 
@@ -134,8 +133,7 @@ def teacher_digest(cfg, teacher, prompts):
         args = digest([teacher.recipe["network"], teacher.recipe["args"]])
         weights = zoo.weights_digest(teacher.net)
         return dict(weights=weights, args=args, sigma_data=teacher.sigma_data)
-    mixture = load_data(cfg.teacher)
-    return dict(mixture=[v.tolist() for v in (mixture.means, mixture.std, mixture.weights)])
+    return dict(mixture=numbers(load_data(cfg.teacher)))
 
 
 def guided_by(teacher, cfg):

@@ -8,7 +8,7 @@ from nano_dmd.engine.files import UserError
 from nano_dmd.engine.find import (cached_pairs, check_guidance, find_data, find_prompts,
                                   find_teacher)
 from nano_dmd.engine.parallel import first_then_others
-from nano_dmd.methods import METHODS, needs
+from nano_dmd.methods import needs
 from nano_dmd.teachers.data import load_data
 from nano_dmd.teachers.zoo import RECIPES
 
@@ -18,10 +18,8 @@ def prepare(cfg, device, resumed=""):
 
     raises UserError where parts of cfg do not fit together
     """
-    weights = [w for w, _ in METHODS[cfg.method].generator]
-    if not any(getattr(cfg, w) for w in weights):
-        raise UserError(f"{cfg.method} has nothing to minimise: give one of "
-                        f"{', '.join('--' + w for w in weights)} a weight")
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
         torch.backends.cudnn.deterministic = True  # a resumed run is the same to the bit
@@ -31,6 +29,9 @@ def prepare(cfg, device, resumed=""):
         if not data.classes and cfg.teacher in RECIPES:
             check_guidance(cfg, 0, {})
     teacher = first_then_others(lambda: find_teacher(cfg, device, resumed))
+    if teacher.kind == "points" and (cfg.flip or cfg.reg_loss == "lpips"):
+        raise UserError("--flip and --reg_loss lpips are for images, and the teacher makes points: "
+                        "leave them out")
     prompts = first_then_others(lambda: find_prompts(cfg, teacher, device))
     data = first_then_others(lambda: find_data(cfg, teacher, device, data))
     pairs = None

@@ -58,7 +58,7 @@ class ClipScore:
 
 
 def text_metrics(images, captions, wanted, reference, device, weights=None, clip_model=CLIP):
-    """{metric: number} of images, (B, 3, H, W) in [-1, 1] each, made for captions in order."""
+    """{metric: number} of images, an iterable of (1, 3, H, W) in [-1, 1], one for each caption."""
     clip = ClipScore(clip_model, device) if "clip" in wanted else None
     if "fid" in wanted:
         if not reference:
@@ -68,14 +68,18 @@ def text_metrics(images, captions, wanted, reference, device, weights=None, clip
         if not str(reference).endswith(".npz"):
             files = image_files(reference)         # complains before hours of sampling
             real = (squares(files[i : i + 50]) for i in range(0, len(files), 50))
-    seen, small = 0, []
+
+    def scored():
+        """The images one by one, for FID; each is added to the CLIP score on its way."""
+        for x, caption in zip(images, captions):
+            if clip:
+                clip.add(x, [caption])
+            yield squares(pil_images(x))
+
     result = {}
-    for x in images:
-        if clip:
-            clip.add(x, captions[seen : seen + len(x)])
-        if "fid" in wanted:
-            small.append(squares(pil_images(x)))
-        seen += len(x)
-    if "fid" in wanted:
-        result |= inception_metrics(small, real, ["fid"], device, weights)
+    if "fid" in wanted:                            # it loads its network before the first image
+        result = inception_metrics(scored(), real, ["fid"], device, weights)
+    else:
+        for _ in scored():
+            pass
     return result | ({"clip": clip.mean()} if clip else {})

@@ -91,6 +91,7 @@ def column_of(row):
 def in_shards(shards):
     """(places, captions) in the order of the shards and of their members."""
     places, captions = [], []
+    left = []
     for shard in shards:
         images, texts = {}, {}                     # by key: a name up to its first dot
         with blame(f"cannot read {shard}", "give uncompressed .tar files of images and captions"):
@@ -98,13 +99,18 @@ def in_shards(shards):
                 for member in archive:
                     key, _, suffix = member.name.rpartition("/")[2].partition(".")
                     key = f"{member.name.rpartition('/')[0]}/{key}"
-                    if member.isfile() and f".{suffix.lower()}" in data.SUFFIXES:
+                    is_image = f".{suffix.lower()}" in data.SUFFIXES and key not in images
+                    if member.isfile() and is_image:
                         images[key] = Place(shard, member.offset_data, member.size)
                     elif member.isfile() and suffix in ("txt", "json"):
                         caption = caption_in(archive, member, suffix, shard)
                         texts[key] = caption if caption is not None else texts.get(key)
+                    elif member.isfile():
+                        left.append(member.name)
         places += images.values()
         captions += [texts.get(key) for key in images]
+    if left:
+        note(f"{len(left)} files in these shards are left out, {left[0]} for example")
     return places, captions
 
 

@@ -92,12 +92,13 @@ class TensorData:
         return x, None if labels is None else look_up(labels, index, self.device)
 
 
-def load_digits(device="cpu", name="digits"):
+def load_digits(device="cpu", name="digits", flip=False):
     """Real handwritten digits of ten classes; SHIPPED names the sets (assets/ATTRIBUTION.md)."""
     file, largest = SHIPPED[name]
     with np.load(ASSETS / file, allow_pickle=False) as f:
         x, labels = torch.from_numpy(f["images"]), torch.from_numpy(f["labels"])
-    return TensorData((x.float() / (largest / 2) - 1)[:, None], labels.long(), device, name=name)
+    x = (x.float() / (largest / 2) - 1)[:, None]
+    return TensorData(x, labels.long(), device, flip, name)
 
 
 def cifar10(name):
@@ -265,7 +266,7 @@ def decoded(name, made_of, source):
     return pixels, labels if len(labels) else None
 
 
-def noise_images(name, device):
+def noise_images(name, device, flip):
     """random:3x32:10 as TensorData.  raises UserError."""
     found = re.fullmatch(r"random:([13])x(\d{1,3}):(\d{1,3}|1000)", name, re.ASCII)
     channels, side, classes = map(int, found.groups()) if found else (0, 0, 0)
@@ -274,20 +275,27 @@ def noise_images(name, device):
     rng = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (1000, channels, side, side), generator=rng, dtype=torch.uint8)
     labels = torch.arange(1000) % classes if classes else None
-    return TensorData(pixels, labels, device, name=name)
+    return TensorData(pixels, labels, device, flip, name)
 
 
 def identity(name):
-    """What a data set is, for cache keys: its name, or its path and a fingerprint of its files."""
-    if name in (*SHIPPED, "cifar10", "cifar10-test") or name.startswith(("toy:", "random:")):
+    """What a data set is, for cache keys: its name; of mixtures and files also what is in them."""
+    if name in (*SHIPPED, "cifar10", "cifar10-test") or name.startswith("random:"):
         return name
+    if name.startswith("toy:"):
+        return [name, numbers(load_data(name))]
     return [str(Path(name).absolute()), fingerprint(name)]
+
+
+def numbers(mixture):
+    """What an exact mixture is made of, for cache keys."""
+    return [v.tolist() for v in (mixture.means, mixture.std, mixture.weights)]
 
 
 def load_data(name, device="cpu", flip=False):
     """A data set by name (see above); flip mirrors images at random.  raises UserError."""
     if name in SHIPPED:
-        return load_digits(device, name)
+        return load_digits(device, name, flip)
     if name.startswith("toy:"):
         from toy.mixtures import MIXTURES
 
@@ -295,7 +303,7 @@ def load_data(name, device="cpu", flip=False):
             raise UserError(f"no mixture {name!r}: use toy:{', toy:'.join(MIXTURES)}")
         return MIXTURES[name[4:]]().to(device)
     if name.startswith("random:"):
-        return noise_images(name, device)
+        return noise_images(name, device, flip)
     if name in ("cifar10", "cifar10-test"):
         tensors = decoded(f"data-{name}", name, lambda: cifar10(name))
         return TensorData(*tensors, device, flip, name)

@@ -13,7 +13,7 @@ SCHEDULERS = (
     "DDPM", "DDIM", "PNDM", "DDPMParallel", "DDIMParallel", "LMSDiscrete", "EulerDiscrete",
     "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete",
     "DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep")
-PIPELINES = ("", "DDPMPipeline", "DDIMPipeline", "PNDMPipeline")  # "" = a model without one
+PIXEL_PIPELINES = ("", "DDPMPipeline", "DDIMPipeline", "PNDMPipeline")  # "" = a model without one
 PREDICTS = {"epsilon": FromEps, "v_prediction": FromV}
 
 
@@ -75,7 +75,7 @@ def pixel_teacher(name):
     kind = index.get("_class_name", "")
     others = [k for k, v in index.items() if k not in ("unet", "scheduler")
               and isinstance(v, (list, tuple)) and any(v)]
-    if kind not in PIPELINES or others:
+    if kind not in PIXEL_PIPELINES or others:
         what = " with ".join([kind, *others])
         raise UserError(f"{name} is a {what}: teachers here are DDPM, DDIM or PNDM pipelines with "
                         "a UNet2DModel in pixels, Stable Diffusion 1, 2, XL and 3, SANA and PRX")
@@ -93,11 +93,10 @@ def pixel_teacher(name):
     args = dict(unet={k: v for k, v in config.items() if not k.startswith("_")},
                 alphas_cumprod=scheduler.alphas_cumprod.double().tolist(),
                 prediction_type=scheduler.config.prediction_type)
-    denoiser = denoiser_from_config(**args)
+    denoiser = PREDICTS[args["prediction_type"]](DiffusersUNet(unet), scheduler.alphas_cumprod)
     if denoiser.sigmas[-1] < 5:                    # samples begin with pure noise
         raise UserError(f"the noise of {name} ends at sigma {denoiser.sigmas[-1]:.3g}, where "
                         "images still show: it cannot be a teacher here")
-    denoiser.net.unet.load_state_dict(unet.state_dict())
     return denoiser, dict(network="diffusers", args=args, sigma_data=0.5, bf16=False, data="",
                           shape=[config["in_channels"], side, side], seconds=0, cpu_seconds=0,
                           classes=config.get("num_class_embeds") or 0)

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from nano_dmd.denoiser import EDM
 from nano_dmd.engine.files import (UserError, blame, cache_dir, delete, first_line, read_json,
                                    replace, unwritable, write_json)
+from nano_dmd.engine.schema import shown, wrong_tensors
 from nano_dmd.teachers.edm_networks import edm_network
 
 CDN = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
@@ -43,8 +44,8 @@ MODULE_DICT = "torch.nn.modules.container.ModuleDict"
 PARAMETER, TENSOR = "torch._utils._rebuild_parameter", "torch._utils._rebuild_tensor_v2"
 STORAGE = "torch.storage._load_from_bytes"
 DICTS = ("collections.OrderedDict", "dnnlib.util.EasyDict")
-OTHERS = ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-NAMES = (RECORD, MODULE_DICT, PARAMETER, TENSOR, STORAGE, *DICTS, *OTHERS)
+NUMPY = ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+NAMES = (RECORD, MODULE_DICT, PARAMETER, TENSOR, STORAGE, *DICTS, *NUMPY)
 INSTRUCTIONS = """PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2
     LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8
     EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT EMPTY_SET MEMOIZE
@@ -150,11 +151,6 @@ def once(thing, name, seen):
     seen.add(id(thing))
 
 
-def brief(value):
-    """For messages: a text or a number, the kind of anything else, whose repr could be endless."""
-    return f"{value!r:.40}" if type(value) in (str, int) else f"a {type(value).__name__}"
-
-
 def record(note):
     """What EDM's writer notes of an object of its own classes; empty for anything else."""
     meta = note.args[0] if is_note(note, RECORD, 1) else None
@@ -165,8 +161,8 @@ def attributes(note, name):
     """The __dict__ of a module: of one of EDM's own classes, or of a ModuleDict."""
     meta = record(note)
     if meta and (meta.get("type"), meta.get("version")) != ("class", 6):
-        raise ValueError(f"{name} is {brief(meta.get('type'))} of version "
-                         f"{brief(meta.get('version'))}; only a 'class' of version 6 is known")
+        raise ValueError(f"{name} is {shown(meta.get('type'))} of version "
+                         f"{shown(meta.get('version'))}; only a 'class' of version 6 is known")
     state = meta.get("state") if meta else note.state if is_note(note, MODULE_DICT, 0) else None
     parts = ("_parameters", "_buffers", "_modules")
     if not isinstance(state, dict) or any(not isinstance(state.get(k), dict) for k in parts):
@@ -185,7 +181,7 @@ def tensors(note, prefix, seen, depth=0):
     for kind in ("_parameters", "_buffers", "_modules"):
         for key, value in state[kind].items():
             if type(key) is not str or not key.isprintable():
-                raise ValueError(f"{name} has a part called {brief(key)}")
+                raise ValueError(f"{name} has a part called {shown(key)}")
             if value is not None and kind == "_modules":
                 yield from tensors(value, f"{prefix}{key}.", seen, depth + 1)
             elif value is not None and key not in hidden:
@@ -196,7 +192,7 @@ def keyword_arguments(note):
     """What the network was built with: plain values and lists of them, as json can hold."""
     state, kind = attributes(note, "ema"), record(note).get("class_name")
     if kind != "EDMPrecond":
-        raise ValueError(f"its network is {brief(kind)}; only EDM's own, 'EDMPrecond', can be used")
+        raise ValueError(f"its network is {shown(kind)}; only EDM's own, 'EDMPrecond', can be used")
     kwargs = state.get("_init_kwargs")
     if state.get("_init_args") or not isinstance(kwargs, dict):
         raise ValueError("it does not say what its network was built with")
@@ -204,7 +200,7 @@ def keyword_arguments(note):
         values = value if type(value) in (list, tuple) else [value]
         plain = all(type(v) in (bool, int, float, str, type(None)) for v in values)
         if type(name) is not str or not plain:
-            raise ValueError(f"its network was built with {brief(name)} = {brief(value)}, no plain "
+            raise ValueError(f"its network was built with {shown(name)} = {shown(value)}, no plain "
                              "value")
     return json.loads(json.dumps(kwargs))
 
@@ -236,16 +232,10 @@ def build_edm(init_kwargs, state_dict):
     """
     with blame("no EDM network can be built from these arguments"), torch.device("meta"):
         net = edm_network(**init_kwargs)           # shapes first, memory once they fit
-    want = net.state_dict()
+    wanted = {name: (t.dtype, t.shape) for name, t in net.state_dict().items()}
     have = {name.removeprefix("model."): t for name, t in state_dict.items()}
-    for name in [*want, *have]:
-        found, needed = (tuple(d[name].shape) if name in d else "absent" for d in (have, want))
-        if found != needed:
-            raise UserError(f"model.{name} is {found} in the checkpoint and {needed} in a network "
-                            "built with its arguments")
-        if not have[name].is_floating_point() or not have[name].isfinite().all():
-            raise UserError(f"model.{name} holds {have[name].dtype} numbers in the checkpoint that "
-                            "are whole or not finite")
+    if problem := wrong_tensors(have, wanted):
+        raise UserError(f"the weights do not fit the network of these arguments: {problem}")
     copies = {name: t.detach().to(torch.float32, copy=True) for name, t in have.items()}
     net.load_state_dict(copies, assign=True)
     net.to(memory_format=torch.channels_last)

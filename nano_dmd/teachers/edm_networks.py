@@ -328,8 +328,10 @@ def fits(name, value):
         return isinstance(value, (int, float)) and 0 <= value < 1
     low, high = LIMITS[name]
     values = value if name in ("channel_mult", "attn_resolutions") else [value]
-    whole = isinstance(values, (list, tuple)) and all(type(v) is int for v in values)
-    return whole and all(low <= v <= high for v in values)
+    if not isinstance(values, (list, tuple)) or not all(type(v) is int for v in values):
+        return False
+    halved = name == "model_channels"              # into sines and cosines of the noise level
+    return all(low <= v <= high for v in values) and not (halved and value % 2)
 
 
 def edm_network(model_type="", use_fp16=False, sigma_min=0.0, sigma_max=math.inf, sigma_data=0.5,

@@ -129,7 +129,7 @@ SDXL = dict(
     transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
     use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
     projection_class_embeddings_input_dim=2816)
-SANA = dict(
+SANA_ARGS = dict(
     num_attention_heads=36, num_layers=28, num_cross_attention_heads=16,
     cross_attention_head_dim=72, cross_attention_dim=1152)
 RANDOM = {                                         # name: (class, arguments, shape of a prompt)
@@ -137,8 +137,8 @@ RANDOM = {                                         # name: (class, arguments, sh
                     (77, 768)),
     "random:sdxl": ("UNet2DConditionModel", SDXL, (78, 2048)),
     "random:sdxl-512": ("UNet2DConditionModel", SDXL | dict(sample_size=64), (78, 2048)),
-    "random:sana": ("SanaTransformer2DModel", SANA, (300, 2304)),
-    "random:sana-512": ("SanaTransformer2DModel", SANA | dict(sample_size=16), (300, 2304)),
+    "random:sana": ("SanaTransformer2DModel", SANA_ARGS, (300, 2304)),
+    "random:sana-512": ("SanaTransformer2DModel", SANA_ARGS | dict(sample_size=16), (300, 2304)),
     "random:tiny-flow": ("SanaTransformer2DModel", dict(
         in_channels=4, out_channels=4, sample_size=8, num_attention_heads=2, attention_head_dim=16,
         num_layers=4, num_cross_attention_heads=2, cross_attention_head_dim=16,

@@ -26,13 +26,10 @@ SMALL_EDM = dict(model_type="SongUNet", img_resolution=32, img_channels=3, label
 
 # How teachers are trained here: steps x batch samples, Adam lr, ema half-life in steps. data "" =
 # what --data says, else CIFAR-10 (toy: the mixture); it decides the network's channels and classes.
+TOY = dict(network="mlp", args=dict(octaves=5), data="", sigma_data=0.5, bf16=True,
+           sigma="lognormal(-1.2,1.4)", steps=4000, batch=1024, lr=2e-3, ema=100, label_dropout=0.0)
 RECIPES = {
-    "toy": dict(network="mlp", args=dict(octaves=5), data="", sigma_data=0.5, bf16=True,
-                sigma="lognormal(-1.2,1.4)", steps=4000, batch=1024, lr=2e-3, ema=100,
-                label_dropout=0.0),
-    "flow": dict(network="mlp", args=dict(octaves=5), data="", sigma_data=0.5, bf16=True,
-                 sigma="lognormal(-1.2,1.4)", steps=4000, batch=1024, lr=2e-3, ema=100,
-                 label_dropout=0.0, flow=True),
+    "toy": TOY, "flow": dict(TOY, flow=True),
     "digits": dict(network="unet", args=dict(channels=1, classes=10), data="digits",
                    sigma_data=0.75, bf16=True, sigma="lognormal(-1.2,1.2)", steps=1200,
                    batch=128, lr=3e-3, ema=100, label_dropout=0.0),
@@ -48,7 +45,7 @@ RECIPES = {
 }
 
 # EDM's published networks, and a small one, with random weights: to measure speed and memory.
-RANDOM = {
+RANDOM_EDM = {
     "random:small": dict(SMALL_EDM, model_channels=16, num_blocks=1),
     "random:cifar10": dict(
         SMALL_EDM, model_channels=128, num_blocks=4, augment_dim=9, dropout=0.13),
@@ -82,8 +79,8 @@ def find(name, device, steps=0, seed=0, data="", show=True, compile=False, revis
     elif name in RECIPES and name not in ("toy", "flow"):
         data = RECIPES[name]["data"] or data or "cifar10"
         net, recipe = fit_or_load(name, data, RECIPES[name], device, steps, seed, show, compile)
-    elif name in RANDOM:
-        net, recipe = random_teacher(RANDOM[name], device)
+    elif name in RANDOM_EDM:
+        net, recipe = random_teacher(RANDOM_EDM[name], device)
     else:
         net, recipe = read_teacher(folder_of(name), device)
     kind = "points" if recipe["network"] == "mlp" else "images"
@@ -116,7 +113,7 @@ def fit_or_load(name, data_name, recipe, device, steps=0, seed=0, show=True, com
 
 
 def random_teacher(args, device):
-    """(network, recipe) of one of RANDOM, which goes with images of noise."""
+    """(network, recipe) of one of RANDOM_EDM, which goes with images of noise."""
     side, classes = args["img_resolution"], args["label_dim"]
     recipe = dict(network="edm", args=args, sigma_data=0.5, bf16=False, shape=[3, side, side],
                   classes=classes, data=f"random:3x{side}:{classes}", seconds=0.0,
@@ -171,8 +168,8 @@ def save_teacher(folder, net, recipe):
 
 RECIPE = dict(network=str, args=dict, sigma_data=float, bf16=bool, shape=[int], classes=int,
               data=str, seconds=float, cpu_seconds=float)
-LARGEST = dict(dim=4096, width=8192, depth=64, octaves=16, channels=64, classes=MOST_CLASSES,
-               emb=8192, patch=16)
+MOST = dict(dim=4096, width=8192, depth=64, octaves=16, channels=64, classes=MOST_CLASSES,
+            emb=8192, patch=16)
 
 
 def read_teacher(folder, device):
@@ -197,7 +194,7 @@ def nonsense(recipe):
     if not 1e-6 <= recipe["sigma_data"] <= 1e6 or not 0 <= classes <= MOST_CLASSES:
         return f"sigma_data {recipe['sigma_data']}, {classes} classes"
     for name, value in args.items() if kind in ("mlp", "unet") else ():
-        if type(value) is not int or not (0 if name == "classes" else 1) <= value <= LARGEST[name]:
+        if type(value) is not int or not (0 if name == "classes" else 1) <= value <= MOST[name]:
             return f"{name} is {value!r:.40}"
     if kind == "mlp":
         wanted = [args.get("dim", 2)], 0

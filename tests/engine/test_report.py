@@ -25,10 +25,10 @@ def test_random_networks_are_the_published_ones():
     """Shapes of EDM's CIFAR-10 and ImageNet-64 checkpoints; images of noise that fit the network."""
     published = {"random:cifar10": "edm-cifar10-32x32-cond-vp", "random:imagenet64": "edm-imagenet-64x64-cond-adm"}
     layouts = json.loads((Path(__file__).parents[1] / "golden" / "edm_checkpoint_layouts.json").read_text())
-    assert published.keys() | {"random:small"} == zoo.RANDOM.keys()
+    assert published.keys() | {"random:small"} == zoo.RANDOM_EDM.keys()
     for name, layout in published.items():
         with torch.device("meta"):
-            net = zoo.untrained(dict(network="edm", args=zoo.RANDOM[name], sigma_data=0.5, bf16=False)).net
+            net = zoo.untrained(dict(network="edm", args=zoo.RANDOM_EDM[name], sigma_data=0.5, bf16=False)).net
         assert {f"model.{k}": list(v.shape) for k, v in net.state_dict().items()} == layouts[layout]["state_dict"]
     teacher = load_teacher("random:small")
     images = load_data(teacher.data)
@@ -50,7 +50,7 @@ def test_every_part_of_the_plan_is_a_run(gpu, tmp_path, monkeypatch):
     first = [label for _, label, *_ in plan[:3]]
     assert first[0] == "cifar10 sid, bf16" and "cifar10 sid, fp32" in first and ("cifar10 sid, bf16 compiled" in first) == gpu
     seen, device = [], torch.device("cuda" if gpu else "cpu")
-    monkeypatch.setattr(report, "training", lambda *args: dict(command="", rows={}))
+    monkeypatch.setattr(report, "training", lambda *args: dict(command="", ended="came to its end", rows={}))
     monkeypatch.setattr(report, "what_it_is", lambda device: dict(device="x", torch="2", threads=1))
     monkeypatch.setattr(report, "limit_memory", lambda device, gib: None)
     report.report(tmp_path, 60, device, "", lambda cfg, repeats, limit: (seen.append(cfg), NUMBERS)[1], "bench")
@@ -70,7 +70,8 @@ def test_a_report_holds_what_was_done(tmp_path, monkeypatch):
         return NUMBERS | {"whole step ms": 900.0 if not cfg.bf16 else 200.0}
 
     calls = []
-    monkeypatch.setattr(report, "training", lambda *args: dict(command="train", rows={"100 updates": {"fixed_fd": 0.5}}))
+    done = dict(command="train", ended="came to its end", rows={"100 updates": {"fixed_fd": 0.5}})
+    monkeypatch.setattr(report, "training", lambda *args: done)
     monkeypatch.setattr(report, "what_it_is", lambda device: {"device": "x", "torch": "2", "threads": 1, "TFLOP/s bf16": 1.5})
     text = report.report(tmp_path, 60, CPU, "", measured, "python -m nano_dmd.bench --report X")
     found = json.loads((tmp_path / "report.json").read_text())
@@ -82,7 +83,7 @@ def test_a_report_holds_what_was_done(tmp_path, monkeypatch):
 
 
 def test_a_report_whose_time_is_over_is_a_report(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "training", lambda *args: dict(command="train", rows={}))
+    monkeypatch.setattr(report, "training", lambda *args: dict(command="train", ended="came to its end", rows={}))
     monkeypatch.setattr(report, "what_it_is", lambda device: dict(device="x", torch="2", threads=1))
     report.report(tmp_path, 0, CPU, "", lambda *args, **more: pytest.fail("there was no time"), "bench")
     assert json.loads((tmp_path / "report.json").read_text())["parts"] == []
@@ -101,8 +102,16 @@ def test_the_training_of_a_report(tmp_path, monkeypatch, quick):
     found = report.training(tmp_path / "run", 100, CPU, "")
     assert "--preset digits" in found["command"] and "--no-compile" in found["command"]
     assert list(found["rows"]) == ["2 updates", "4 updates", "6 updates"]          # the line that was cut is left out
+    assert found["ended"] == "was stopped when its time was over"
     for name, row in found["rows"].items():
         assert row["images/s"] == pytest.approx(64 * int(name[0]) / row["minutes"] / 60) and row["fd"] > 0
+
+
+def test_a_training_that_fails_says_why(tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 2, "", "error: the images have 30 pixels a side")
+    monkeypatch.setattr(report.subprocess, "run", lambda *a, **k: failed)
+    found = report.training(tmp_path / "run", 100, CPU, "")
+    assert found["ended"] == "failed: error: the images have 30 pixels a side" and found["rows"] == {}
 
 
 def test_the_command_line(tmp_path, monkeypatch, capsys):

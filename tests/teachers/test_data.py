@@ -157,6 +157,7 @@ def test_flip_mirrors_half_of_the_same_images(pixels):
     (x, _), (y, _) = (d.sample(400, torch.Generator().manual_seed(0)) for d in (plain, flipping))
     same, mirrored = (y == x).flatten(1).all(1), (y == x.flip(-1)).flatten(1).all(1)
     assert (same ^ mirrored).all() and 150 < mirrored.sum() < 250
+    assert all(load_data(name, flip=True).flip for name in ("digits", "mnist", "random:3x8:2"))
 
 
 def test_two_processes_draw_what_one_would(pixels):

@@ -317,10 +317,10 @@ def test_build_edm():
 
 
 @pytest.mark.parametrize("name, tensor, message", [
-    ("model.map_layer0.bias", None, "model.map_layer0.bias is absent in the checkpoint and (32,) in a network"),
-    ("model.extra", torch.zeros(2), "model.extra is (2,) in the checkpoint and absent in a network"),
-    ("model.map_layer0.bias", torch.zeros(33), "model.map_layer0.bias is (33,) in the checkpoint and (32,)"),
-    ("model.map_layer0.bias", torch.zeros(32, dtype=torch.int64), "model.map_layer0.bias holds torch.int64"),
+    ("model.map_layer0.bias", None, "map_layer0.bias is missing"),
+    ("model.extra", torch.zeros(2), "extra is not expected"),
+    ("model.map_layer0.bias", torch.zeros(33), "map_layer0.bias is (33,) in the file and (32,) here"),
+    ("model.map_layer0.bias", torch.zeros(32, dtype=torch.int64), "map_layer0.bias holds torch.int64 numbers"),
 ])
 def test_build_edm_is_strict(name, tensor, message):
     state = dict(tiny_state()[1], **{name: tensor})
@@ -329,6 +329,7 @@ def test_build_edm_is_strict(name, tensor, message):
 
 def test_build_edm_complains_about_arguments():
     assert "no argument 'depth'" in sentence(build_edm, dict(TINY, depth=3), {})
+    assert "cannot be built with model_channels = 5" in sentence(build_edm, dict(TINY, model_channels=5), {})
     assert "heads of 64" in sentence(build_edm, dict(TINY_ADM, model_channels=24), {})
     assert "no EDM network can be built" in sentence(build_edm, {3: 4}, {})
 

@@ -473,6 +473,7 @@ def test_discriminator_takes_large_bottlenecks():
     """12x12 features (768 pixels) are strided down once; one logit per sample."""
     assert Discriminator((32, 12, 12))(torch.randn(3, 32, 12, 12)).shape == (3,)
     assert Discriminator((32, 8, 8))(torch.randn(3, 32, 8, 8)).shape == (3,)
+    assert Discriminator((48, 12, 12))(torch.randn(3, 48, 12, 12)).shape == (3,)      # no multiple of 32: 16 groups
     inputs = {n: next(m.in_features for m in Discriminator((32, n, n)).head if hasattr(m, "in_features")) for n in (8, 12, 32)}
     assert inputs == {8: 32 * 64, 12: 32 * 36, 32: 32 * 64}
 
@@ -605,6 +606,7 @@ def test_evaluate_measures_a_student(sd, prompts, photos, tmp_path, fast, monkey
     assert [(v.shape, v.dtype) for v in seen] == [((5, 3, 256, 256), torch.uint8), ((4, 3, 256, 256), torch.uint8)]
     out = capsys.readouterr().out
     assert "12.5" in out and "clip" in out
+
     for argv, said in (
         ([], "choose from fid, clip"),
         (["--metric", "sw2"], "choose from fid, clip"),
@@ -614,6 +616,14 @@ def test_evaluate_measures_a_student(sd, prompts, photos, tmp_path, fast, monkey
     ):
         with pytest.raises(UserError, match=said):
             evaluate.main([run, "--n", "2", "--device", "cpu", *argv])
+
+
+def test_fid_complains_before_the_first_image(photos, monkeypatch):
+    """30,000 images take hours: what FID needs is asked for first."""
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    images = (pytest.fail("an image was made") for _ in range(2))
+    with pytest.raises(UserError, match="need torch-fidelity"):
+        text.text_metrics(images, ["fog", "snow"], ["fid"], photos, torch.device("cpu"))
 
 
 def test_sample_paints_a_prompt(sd, prompts, toy_run, tmp_path, fast):

@@ -394,6 +394,16 @@ def test_shards_are_the_folder(kind, pipes, photos, shards):
     assert len(one) == 2
 
 
+def test_what_is_left_out_of_shards_is_said(shards, capsys):
+    """A second image of one key, and a file that is neither image nor caption (x/3.cls)."""
+    image = Path(shards, "more.png")
+    Image.new("RGB", (64, 64)).save(image)
+    shard(Path(shards, "c.tar"), [("4.png", image.read_bytes()), ("4.jpg", b"x"), ("4.v2.png", b"x"), ("4.txt", b"fog")])
+    places, captions = captioned(shards)
+    assert len(places) == 5 and captions == [*PROMPTS, "fog"] and places[4].read() == image.read_bytes()
+    assert "3 files in these shards are left out, x/3.cls for example" in capsys.readouterr().err
+
+
 @torch.no_grad()
 def test_latents_of_sana_and_sd3(pipes, photos):
     """AutoencoderDC's latent times its scale, without spread; Stable Diffusion 3's shifted, then scaled: to float16."""
