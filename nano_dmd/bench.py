@@ -93,8 +93,6 @@ def main(argv=None):
     configs = [config.resolve({**given, "method": name}) for name in methods]
     first, rows = configs[0], {}
     device = machine.pick_device(first.device)
-    if first.threads:
-        torch.set_num_threads(first.threads)
     for cfg in configs:
         rows[f"{cfg.method} {cfg.critic_steps}:1"] = bench(cfg, repeats)
     precision = "bf16" if first.bf16 and machine.fast_bf16(device) else "fp32"

@@ -8,7 +8,6 @@ one with the same settings is not run again, so an interrupted comparison goes o
 
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,12 +18,13 @@ from tqdm import tqdm
 
 from nano_dmd.engine import config
 from nano_dmd.engine.cache import digest, sources
-from nano_dmd.engine.files import UserError, command, read_json, write_atomic, write_json
+from nano_dmd.engine.files import (UserError, command, last_words, read_json, write_atomic,
+                                   write_json)
 from nano_dmd.metrics.sets import table
 from nano_dmd.plot import comparison, have_matplotlib, save_figure
 
 REFERENCES = ("teacher", "real halves")             # rows of a report that are no student's
-REPORT = dict(rows={str: {str: (float, None)}}, cpu_seconds=float, seconds=float)
+ROW = {str: (float, None)}
 PLOTTED = ("fd", "recall", "sw2", "in3", "weight_error", "fixed_fd", "fixed_recall", "pairing",
            "CPU s")
 
@@ -62,12 +62,11 @@ def run_once(settings, folder):
         done = subprocess.run(train, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"the run in {folder} {last_words(done)}")
-    report = read_json(folder / "report.json", REPORT)
+    rows = {wanted.method: ROW, str: ROW}
+    report = read_json(folder / "report.json", dict(rows=rows, cpu_seconds=float, seconds=float))
     for name, v in sources(wanted).items():
         if report.get("sources", {}).get(name, v) != v:
             raise UserError(other.format(f"on another --{name} of that name"))
-    if wanted.method not in report["rows"]:
-        raise UserError(f"{folder / 'report.json'} is damaged: it has no row {wanted.method}")
     return report
 
 
@@ -76,18 +75,6 @@ def flags_of(cfg, settings):
     flags = {name: getattr(cfg, name) for name in (*settings, "out")}
     return [f"--{'' if v else 'no-'}{name}" if isinstance(v, bool) else f"--{name}={v}"
             for name, v in flags.items()]
-
-
-def last_words(done):
-    """Why a process failed: its own sentence, the signal that killed it, or its exit code."""
-    if done.returncode < 0:
-        name = {s.value: s.name for s in signal.Signals}.get(-done.returncode, "unknown")
-        full = ": the memory may have been full" if name == "SIGKILL" else ""
-        return f"was killed by signal {-done.returncode} ({name}){full}"
-    lines = done.stderr.strip().splitlines() or ["it said nothing"]
-    said = [line for line in lines if line.startswith("error: ")]
-    return (f"failed: {said[-1]}" if said else
-            f"ended with exit code {done.returncode}: {lines[-1]:.200}")
 
 
 def teacher_of(cfg):
@@ -113,9 +100,8 @@ def compare(preset, rows, seeds, out, jobs=1, first=0):
         try:
             for future in tqdm(as_completed(futures.values()), total=len(futures), desc="runs"):
                 future.result()
-        except UserError:
+        finally:                                   # after Ctrl-C too: what waits does not start
             pool.shutdown(cancel_futures=True)
-            raise
     reports = {row: [futures[pair].result() for pair in pairs if pair[0] == row] for row in rows}
     result = {row: summary(found, settings[row]["method"]) for row, found in reports.items()}
     if len(set(map(teacher_of, configs))) == 1:

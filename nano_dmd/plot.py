@@ -77,10 +77,11 @@ def read_log(folder):
     if not path.is_file():
         raise UserError(f"no log.jsonl in {folder}; is this a run folder?")
     what = f"{path}, line {{}}: it is damaged, cut the file back to its whole lines"
-    lines = [parse_json(line, what.format(i)) for i, line in read_lines(path)]
+    numbered = read_lines(path)
+    lines = [parse_json(line, what.format(i)) for i, line in numbered]
     if not lines:
         raise UserError(f"{path} is empty; wait for the first --log_every steps of the run")
-    for i, line in enumerate(lines, 1):
+    for (i, _), line in zip(numbered, lines):
         if problem := mismatch(line, LOG) or mismatch(line.get("teacher", {}), {str: NUMBER}):
             raise UserError(f"{path} is no log of this version, or damaged in line {i}: {problem}")
     return lines

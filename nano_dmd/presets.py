@@ -142,8 +142,8 @@ PRESETS |= {
     "cifar10-uncond-sida": dict(SID, steps=1_171_875, alpha=1.0, w_gan=1e-4, w_disc=1.0),
 }
 UID = dict(
-    SID, sigmas="80", dm_sigma="flow(0.002,0.987)", critic_sigma="flow(0.002,0.987)", batch=256,
-    steps=133_333, critic_steps=5, lr_generator=3e-5, lr_critic=3e-5, clip=1, ema=1155)
+    SID, sigmas="80", dm_sigma="flow(0.002,0.987)", critic_sigma="flow(0.002,0.987)", steps=133_333,
+    critic_steps=5, lr_generator=3e-5, lr_critic=3e-5, clip=1, ema=1155)
 PRESETS |= {
     "cifar10-real_uid": dict(UID, uid_a=0.98, uid_b=0.96),
     "cifar10-uncond-real_uid": dict(UID, uid_a=0.92, uid_b=0.94),
@@ -155,11 +155,10 @@ SD = dict(
     checkpointing=True, decay_from=1.0, beta1=0.9, beta2=0.999, weight_decay=0.01, clip=10,
     warmup=500, ema=0, sigmas="t999", unit_noise=True, dm_sigma="sd(20,980)",
     critic_sigma="sd(0,999)", gan_sigma="sd(0,999)", lr_generator=1e-5, lr_critic=1e-5,
-    pair_sigma=14.6, least_sigma=0.138, log_every=20,
-    sample_every=100, save_every=200)
+    pair_sigma=14.6, least_sigma=0.138, log_every=20, sample_every=100, save_every=200)
 SD_DMD2 = dict(steps=4000, batch=2048, guidance=1.75, critic_steps=10)
-SMALL_BATCH = dict(
-    steps=2000, batch=8, guidance=1.75, critic_steps=5, sigmas="t999,t749,t499,t249")
+FOUR_STEPS = "t999,t749,t499,t249"
+SMALL_BATCH = dict(steps=2000, batch=8, guidance=1.75, critic_steps=5, sigmas=FOUR_STEPS)
 PRESETS |= {
     "sd15": dict(SD, method="dmd2"),
     # DMD paper, B.3.  Differs: L2 on latents (there --reg_loss lpips), Heun (there PNDM, 50 steps).
@@ -171,7 +170,7 @@ PRESETS |= {
         SD | SD_DMD2, method="dmd2", steps=500, w_gan=1e-3, w_disc=1e-2, lr_generator=5e-7,
         lr_critic=5e-7),
     # DMD2 does several steps for SDXL alone.
-    "sd15-dmd2-4step": dict(SD | SD_DMD2, method="dmd2", sigmas="t999,t749,t499,t249"),
+    "sd15-dmd2-4step": dict(SD | SD_DMD2, method="dmd2", sigmas=FOUR_STEPS),
     # f-distill's own settings for one step; and two methods on two cards of 32 GB, batch 4 each:
     # AaronCaoZJ/DMDs.  Guidance is DMD2's; the fork does not say another.
     "sd15-f_distill": dict(SD_DMD2, w_gan=1e-3, w_disc=1e-2, divergence="js"),
@@ -195,10 +194,9 @@ PRESETS |= {
     "sdxl": XL,
     # sdxl_cond999_8node_lr5e-7 and sdxl_lora_cond999_8node_lr5e-5.  As published, the critic of the
     # LoRA student is full: --lora_critic 64 makes it fit on one GPU.
-    "sdxl-dmd2-4step": dict(XL, steps=3800, sigmas="t999,t749,t499,t249"),
+    "sdxl-dmd2-4step": dict(XL, steps=3800, sigmas=FOUR_STEPS),
     "sdxl-dmd2-lora": dict(
-        XL, steps=3200, sigmas="t999,t749,t499,t249", lora_generator=64, lr_generator=5e-5,
-        lr_critic=5e-5),
+        XL, steps=3200, sigmas=FOUR_STEPS, lora_generator=64, lr_generator=5e-5, lr_critic=5e-5),
     # One step at timestep 399 (at 999 it leaves blocks of noise): main/train_sd_ode.py on pairs,
     # then sdxl_cond399 from --init RUN.  Differs: pairs by 26 Heun steps, there 50 of Euler.
     "sdxl-regression": dict(
@@ -211,8 +209,7 @@ PRESETS |= {
 # one for 1024).  Steps t = .999, .75, .5, .25: the published 1 would be infinite noise.
 SANA = dict(
     SD, teacher="Efficient-Large-Model/Sana_600M_512px_diffusers", sigmas="f0.999,f0.75,f0.5,f0.25",
-    guidance=4.5, pair_sigma=200, least_sigma=0.02,
-    gan_sigma="flow(0.02,0.98)", warmup=0)
+    guidance=4.5, pair_sigma=200, least_sigma=0.02, gan_sigma="flow(0.02,0.98)", warmup=0)
 PRESETS |= {
     "sana": dict(SANA, method="sid"),
     # SiD-DiT run_sid_dit.sh, 1.5 M images: logit-normal(ln 2, 1.6) times.  Differs: weights are
@@ -233,9 +230,8 @@ CIFAR = dict(sigmas="2.5", dm_sigma="lognormal(-0.8,1.4)", gan_sigma="lognormal(
 PRESETS |= {
     "cifar10-scratch": dict(
         LARGE | CIFAR, teacher="cifar10-scratch", method="dmd2", compile=True, batch=256,
-        warmup=100, decay_from=0.5, ema=200, flip=True, log_every=50,
-        sample_every=250, save_every=500,
-        pairs=50_000),
+        warmup=100, decay_from=0.5, ema=200, flip=True, log_every=50, sample_every=250,
+        save_every=500, pairs=50_000),
     "cifar10-scratch-dmd": dict(steps=5000, lr_generator=2e-4, lr_critic=2e-4),
     "cifar10-scratch-dmd2": dict(
         steps=4000, lr_generator=1e-4, lr_critic=2e-4, critic_steps=2, w_gan=0.03, w_disc=0.03),

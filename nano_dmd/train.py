@@ -77,7 +77,7 @@ def check_finite(history, nets):
                     worst = (~values.isfinite()).int().argmax()
                     where = "" if sigma is None else f" (sigma {sigma[worst].item():.4g})"
                     raise UserError(f"{name} is {value.item()} at step {step}{where}; {advice}")
-    for name in ("fake", "discriminator", "generator") if history else ():
+    for name in ("fake", "discriminator", "generator"):
         norm = nn.utils.get_total_norm(getattr(nets, name).parameters())
         if not parallel.gather(norm).isfinite():
             last = history[-1][0]
@@ -92,8 +92,6 @@ def run(cfg, resume=False):
     device, out = pick_device(cfg.device), Path(cfg.out)
     rank, processes = parallel.begin(cfg, device)
     check_writable(out)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
     path, before = out / "checkpoint.pt", processes
     step, seconds = 0, (0.0, 0.0)
     saved = load_checkpoint(path, device) if resume else None
@@ -117,8 +115,7 @@ def finish(cfg, teacher, nets, draw, progress, seconds, processes):
     if not cfg.shard:
         parallel.close()
     if progress.writes:
-        path = progress.out / "generator.safetensors"
-        save_tensors(path, weights, sigmas=cfg.sigmas, preset=cfg.preset)
+        save_tensors(progress.out / "generator.safetensors", weights)
     progress.save_samples(nets.ema, progress.out / "samples.png", beside_teacher=True)
     rows = control_row(cfg) if processes == 1 else {}
     if teacher.kind == "text":

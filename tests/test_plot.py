@@ -97,7 +97,8 @@ def test_one_line_and_no_critic_is_enough(run):
 
 @pytest.mark.parametrize("text, says", [(None, "is this a run folder?"), ("", "is empty"), ('{"step": 1', "is damaged"),
                                         ("3\n", "damaged in line 1: it is 3, not a table"),
-                                        ('{"step": 1}\n', "it has no x_mean"), ("[" * 10**5, "is damaged"),
+                                        ('{"step": 1}\n', "it has no x_mean"), ("\n\n3\n", "damaged in line 3"),
+                                        ("[" * 10**5, "is damaged"),
                                         ('{"step": %s}' % ("1" * 5000), "is damaged")])
 def test_bad_logs_are_one_sentence(text, says, run, capsys):
     if text is None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -132,6 +133,29 @@ def test_compare_draws_what_there_is(metrics, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "run_once", lambda flags, folder: report)
     compare.compare("digits", ["sid"], 2, tmp_path)
     assert (tmp_path / "compare.png").stat().st_size > 1000
+
+
+def test_ctrl_c_ends_a_comparison(tmp_path, monkeypatch):
+    """The first row's run has made the teacher; the next is interrupted, and what waits does not start."""
+    started = []
+
+    def run(settings, folder):
+        started.append(folder)
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        time.sleep(0.05)
+        return dict(rows={"sid": {}}, cpu_seconds=1.0, seconds=2.0)
+
+    monkeypatch.setattr(compare, "run_once", run)
+    with pytest.raises(KeyboardInterrupt):
+        compare.compare("toy", ["sid"], 20, tmp_path)
+    assert len(started) < 10
+
+
+def test_density_counts_what_is_inside():
+    """Four cells of a square of 2.4.  A point just outside belongs to none.  White where there is none, darker where one is."""
+    points = torch.tensor([[-1.205, -1.0], [1.0, -1.205], [0.5, 0.5], [float("nan"), 0.0]])
+    assert (pictures.density(points, 2)[0] < 1).tolist() == [[False, True], [False, False]]
 
 
 def test_flags_that_all_rows_share_are_not_repeated():

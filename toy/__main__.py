@@ -44,8 +44,6 @@ def config(row):
 
 def watch(cfg, moments):
     """Train as nano_dmd.train does; yield (updates done, Nets) at each of moments, ascending."""
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
     _, nets, opts, draw = prepare(cfg, pick_device(cfg.device))
     with tqdm(total=moments[-1], desc=f"{cfg.method} for the pictures") as bar:
         for start, stop in zip([0, *moments], moments):

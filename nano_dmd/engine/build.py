@@ -16,13 +16,17 @@ from nano_dmd.methods import Nets, needs
 from nano_dmd.real_score import RealScore
 
 
+def student(cfg, teacher):
+    """The Generator of a run before its first step: a copy of the teacher's network, or LoRA."""
+    return Generator(teacher.net, cfg.sigma_list(), cfg.unit_noise, cfg.ode_steps,
+                     copy=partial(lora_copy, rank=cfg.lora_generator))
+
+
 def build(cfg, teacher, device):
     """(Nets, {"generator", "critic"} optimisers) of a fresh run."""
     torch.manual_seed(cfg.seed)  # the same run, whether the teacher was cached or not
-    lora = partial(lora_copy, rank=cfg.lora_generator), partial(lora_copy, rank=cfg.lora_critic)
-    levels = cfg.sigma_list()
-    generator = Generator(teacher.net, levels, cfg.unit_noise, cfg.ode_steps, copy=lora[0])
-    fake = FakeScore(teacher.net, cfg.fake_guidance, copy=lora[1])
+    generator = student(cfg, teacher)
+    fake = FakeScore(teacher.net, cfg.fake_guidance, copy=partial(lora_copy, rank=cfg.lora_critic))
     for net in (generator.net, fake.net, teacher.net):
         tune(net, cfg, device)
     if cfg.half_frozen and machine.fast_bf16(device):  # in place: sharing copies follow

@@ -7,12 +7,12 @@
     x_std, spread  std of the samples, and std across the batch (a collapse shows in spread)
 """
 
-import math
 from dataclasses import replace
 
 import torch
 
 from nano_dmd.denoiser import edm_weight
+from nano_dmd.engine.files import plain
 from nano_dmd.engine.machine import forked
 from nano_dmd.methods import METHODS
 from nano_dmd.noise import add_noise
@@ -20,13 +20,21 @@ from nano_dmd.noise import add_noise
 LEVELS = (0.05, 0.15, 0.5, 1.5, 5.0)               # sigma, data units
 
 
+def at_levels(x, nets, cond, noise=None):
+    """Yield (sigma, xt, d_real, d_fake) of samples x (B, *S) at each of LEVELS; sigma is a float.
+
+    noise  (B, *S) for all levels; None: a new one for each
+    """
+    for level in LEVELS:
+        sigma = x.new_full(x.shape[:1], level)
+        xt = add_noise(x, sigma, torch.randn_like(x) if noise is None else noise)
+        yield level, xt, nets.real(xt, sigma, cond), nets.fake(xt, sigma, cond)
+
+
 def gaps(x, nets, cond):
     """(mesm, fake_loss), a list over LEVELS each, EDM-weighted; x (B, *S) has no graph."""
     mesm, fake_loss = [], []
-    for level in LEVELS:
-        sigma = x.new_full(x.shape[:1], level)
-        xt = add_noise(x, sigma, torch.randn_like(x))
-        d_real, d_fake = nets.real(xt, sigma, cond), nets.fake(xt, sigma, cond)
+    for level, _, d_real, d_fake in at_levels(x, nets, cond):
         w = edm_weight(level, nets.sigma_data)
         mesm.append(w * (d_real - d_fake).square().mean())
         fake_loss.append(w * (d_fake - x).square().mean())
@@ -65,17 +73,8 @@ def diagnose(nets, batch, cfg):
             mesm, fake_loss = gaps(x, nets, batch.cond)
         norms = gradient_norms(x, nets, batch, cfg)
     spread = x.std(0).mean() if len(x) > 1 else None              # one sample has none
-    return to_floats(dict(x_mean=x.mean(), x_std=x.std(), spread=spread, mesm=mesm,
-                          fake_loss=fake_loss, grad=norms))
-
-
-def to_floats(obj):
-    """Tensors to floats of five digits, through dicts and lists; NaN and infinity become None."""
-    if isinstance(obj, dict):
-        return {k: to_floats(v) for k, v in obj.items()}
-    if isinstance(obj, list):
-        return [to_floats(v) for v in obj]
-    return None if obj is None or not math.isfinite(obj) else float(f"{float(obj):.5g}")
+    return plain(dict(x_mean=x.mean(), x_std=x.std(), spread=spread, mesm=mesm,
+                      fake_loss=fake_loss, grad=norms))
 
 
 def by_level(seen):
@@ -86,4 +85,4 @@ def by_level(seen):
             bins = torch.bucketize(sigma, torch.tensor(LEVELS, device=sigma.device))
             picked = [values[bins == b] for b in range(len(LEVELS) + 1)]
             means[name] = [v.mean() if len(v) else None for v in picked]
-    return to_floats(means)
+    return plain(means)

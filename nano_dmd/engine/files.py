@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import sys
 import time
 import zipfile
@@ -42,7 +43,7 @@ def command(main):
     except OSError as e:
         sentence = f"{e.filename or 'the system'}: {e.strerror or e}"
     except KeyboardInterrupt:
-        print("\nstopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("\nstopped; a training goes on by --resume once it has a checkpoint", file=sys.stderr)
         sys.exit(130)
     except Exception as e:
         full = isinstance(e, (MemoryError, torch.OutOfMemoryError))
@@ -72,6 +73,18 @@ def first_line(error, length=120):
     """What an exception says, in one short line without colours; its type where it says nothing."""
     said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     return re.sub("\x1b\\[[0-9;]*m", "", said.splitlines()[0])[:length]
+
+
+def last_words(done):
+    """Why a process failed: its own sentence, the signal that killed it, or its exit code."""
+    if done.returncode < 0:
+        name = {s.value: s.name for s in signal.Signals}.get(-done.returncode, "unknown")
+        full = ": the memory may have been full" if name == "SIGKILL" else ""
+        return f"was killed by signal {-done.returncode} ({name}){full}"
+    lines = done.stderr.strip().splitlines() or ["it said nothing"]
+    said = [line for line in lines if line.startswith("error: ")]
+    return (f"failed: {said[-1]}" if said else
+            f"ended with exit code {done.returncode}: {lines[-1]:.200}")
 
 
 @functools.lru_cache(maxsize=None)
@@ -157,11 +170,13 @@ def check_writable(folder):
 
 
 def plain(obj):
-    """obj for json, which has no words for NaN and infinity: they become None."""
+    """obj for json: tensors become numbers of five digits; what is not finite becomes None."""
     if isinstance(obj, dict):
         return {k: plain(v) for k, v in obj.items()}
     if isinstance(obj, (list, tuple)):
         return [plain(v) for v in obj]
+    if isinstance(obj, torch.Tensor):
+        obj = float(f"{obj.item():.5g}")
     return None if isinstance(obj, float) and not math.isfinite(obj) else obj
 
 
@@ -262,11 +277,10 @@ def read_lines(path):
     return [(lines.numbers[i], lines[i]) for i in range(len(lines))]
 
 
-def save_tensors(path, tensors, **metadata):
-    """Write tensors as safetensors.  Metadata is one JSON entry: several change order by chance."""
+def save_tensors(path, tensors):
+    """Write tensors as safetensors."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    extra = {"nano_dmd": json.dumps(metadata)} if metadata else None
-    write_atomic(path, dump_safetensors(tensors, extra))
+    write_atomic(path, dump_safetensors(tensors))
 
 
 def load_tensors(path, wanted=None):

@@ -13,10 +13,7 @@ SCORES = ("x", "xt", "d_real", "d_fake", "gradient")              # pictures of 
 def density(x, size=256, extent=1.2):
     """2D points (N, 2) -> (3, size, size) in [0, 1]: white paper, dark where samples are dense."""
     x = x.detach().float().cpu()
-    index = ((x + extent) / (2 * extent) * size).long()
-    index = index[((index >= 0) & (index < size)).all(1)]
-    cell = (size - 1 - index[:, 1]) * size + index[:, 0]
-    counts = torch.bincount(cell, minlength=size * size).view(size, size)
+    counts = torch.histogramdd(x, [size, size], range=[-extent, extent] * 2).hist.T.flip(0)
     ink = 1 - torch.exp(-counts * (size * size / 40) / max(len(x), 1))
     return 1 - ink * torch.tensor([0.9, 0.65, 0.2])[:, None, None]
 

@@ -8,10 +8,10 @@ from tqdm import tqdm
 from nano_dmd.denoiser import heun
 from nano_dmd.dmd_loss import dmd_gradient
 from nano_dmd.engine import pictures
-from nano_dmd.engine.diagnostics import LEVELS, by_level, diagnose, to_floats
-from nano_dmd.engine.files import UserError, append_line, read_json, save_checkpoint, write_json
+from nano_dmd.engine.diagnostics import LEVELS, at_levels, by_level, diagnose
+from nano_dmd.engine.files import (UserError, append_line, plain, read_json, save_checkpoint,
+                                   write_json)
 from nano_dmd.engine.find import guided_by
-from nano_dmd.noise import add_noise
 
 
 class Progress:
@@ -37,7 +37,7 @@ class Progress:
             levels = dict(sigma_min=teacher.sigmas[0], sigma_max=teacher.sigmas[1])
         self.teacher = heun(guided_by(teacher, cfg), self.z[0], self.cond, **levels)
         spread = self.teacher.std(0).mean()
-        self.reference = to_floats(dict(x_std=self.teacher.std(), spread=spread))
+        self.reference = plain(dict(x_std=self.teacher.std(), spread=spread))
         self.send = tracker(cfg, out, step) if self.writes else None
 
     def bar(self, step):
@@ -52,7 +52,7 @@ class Progress:
             return
         batch = draw.latest
         record = dict(step=done, critic_updates=done * self.cfg.critic_steps, seconds=seconds,
-                      teacher=self.reference, **to_floats(logs), **diagnose(nets, batch, self.cfg),
+                      teacher=self.reference, **plain(logs), **diagnose(nets, batch, self.cfg),
                       by_sigma=by_level(batch.seen))
         if metrics:
             record["metrics"] = metrics()
@@ -108,10 +108,7 @@ class Progress:
         cond = None if self.cond is None else self.cond[:: self.columns][:n]
         x = nets.generator(self.z[:, :: self.columns][:, :n], cond)
         noise, seen = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x), []
-        for level in LEVELS:
-            sigma = x.new_full(x.shape[:1], level)
-            xt = add_noise(x, sigma, noise)
-            d_real, d_fake = nets.real(xt, sigma, cond), nets.fake(xt, sigma, cond)
+        for _, xt, d_real, d_fake in at_levels(x, nets, cond, noise):
             g = dmd_gradient(x, d_real, d_fake)
             seen.append([v[:, :3] for v in (x, xt, d_real, d_fake, g)])
         if self.writes:

@@ -141,7 +141,10 @@ def limit_memory(device, gib):
 
 
 def training(out, seconds, device, data):
-    """{command, rows} of a real distillation, stopped when the time is over; rows by its log."""
+    """{command, ended, rows} of a real distillation, stopped when the time is over.
+
+    rows  by its log
+    """
     images = data or "cifar10" * (files.cache_dir() / "cifar10").is_dir()
     what = {"preset": "digits"}
     if images:
@@ -151,11 +154,14 @@ def training(out, seconds, device, data):
     if device.type == "cpu":
         flags += ["--no-compile"]
     files.delete(out)                                    # an earlier report's
+    ended = "was stopped when its time was over"
     try:
-        subprocess.run([sys.executable, "-m", "nano_dmd.train", *flags], timeout=max(seconds, 60),
-                       capture_output=True)
+        done = subprocess.run([sys.executable, "-m", "nano_dmd.train", *flags], text=True,
+                              timeout=max(seconds, 60), capture_output=True)
+        ended = files.last_words(done) if done.returncode else "came to its end"
     except subprocess.TimeoutExpired:
-        files.note("the training was stopped: its time was over")
+        pass
+    files.note(f"the training {ended}")
     log, rows = out / "log.jsonl", {}
     batch = resolve({k: what[k] for k in ("preset", "method")}).batch
     files.trim_log(log, 10**9)                           # without a line that was cut short
@@ -165,7 +171,8 @@ def training(out, seconds, device, data):
             step, seconds = entry["step"], entry["seconds"][1]
             speed = {"minutes": seconds / 60, "images/s": step * batch / seconds}
             rows[f"{step} updates"] = speed | entry["metrics"]
-    return dict(command=shlex.join(["python", "-m", "nano_dmd.train", *flags]), rows=rows)
+    words = shlex.join(["python", "-m", "nano_dmd.train", *flags])
+    return dict(command=words, ended=ended, rows=rows)
 
 
 def latencies(parts):
@@ -214,7 +221,8 @@ def as_markdown(found):
          against_official(parts))
     show("Failed", {p["label"]: {"why": p["failed"]} for p in found["parts"] if "failed" in p})
     if "training" in found:
-        lines.extend(["", "A real training, stopped when its time was over:", "", "```bash",
+        ended = found["training"]["ended"]
+        lines.extend(["", f"A real training. It {ended}.", "", "```bash",
                       found["training"]["command"], "```"])
         show("What its log says", found["training"]["rows"])
     return "\n".join(lines) + "\n"

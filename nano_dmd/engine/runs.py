@@ -1,20 +1,18 @@
 """A run on the disk: its folder, its checkpoint, and how both are read again."""
 
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from nano_dmd.engine import files
+from nano_dmd.engine.build import student
 from nano_dmd.engine.config import Config, read_config, same_run
 from nano_dmd.engine.files import UserError, first_line
 from nano_dmd.engine.find import find_teacher
-from nano_dmd.engine.lora import lora_copy
 from nano_dmd.engine.machine import fast_bf16
 from nano_dmd.engine.parallel import gather, place
 from nano_dmd.engine.schema import wrong_tensors
-from nano_dmd.generator import Generator
 from nano_dmd.teachers.zoo import save_teacher
 
 TRAINED = ("fake", "discriminator", "generator", "ema", "slow_fake")
@@ -107,9 +105,7 @@ def load_run(folder, device="cpu"):
     folder = Path(folder)
     cfg = read_config(folder)
     teacher = find_teacher(cfg, device, resumed=folder)
-    lora = partial(lora_copy, rank=cfg.lora_generator)
-    generator = Generator(teacher.net, cfg.sigma_list(), cfg.unit_noise, cfg.ode_steps,
-                          copy=lora)
+    generator = student(cfg, teacher)
     path = folder / "generator.safetensors"
     files.load_weights(generator, files.load_tensors(path), path)
     generator.net.bf16 = teacher.net.bf16 = cfg.bf16 and fast_bf16(device)

@@ -285,7 +285,7 @@ def test_a_checkpoint_that_grows_is_not_unpacked(tmp_path):
 
 def test_tensors_round_trip(tmp_path):
     tensors = {"a": torch.randn(4, 3), "b": torch.zeros(0), "c": torch.arange(3)}
-    save_tensors(tmp_path / "x.safetensors", tensors, sigmas="2.5")
+    save_tensors(tmp_path / "x.safetensors", tensors)
     loaded = load_tensors(tmp_path / "x.safetensors")
     assert loaded.keys() == tensors.keys()
     for name, value in tensors.items():
@@ -294,7 +294,7 @@ def test_tensors_round_trip(tmp_path):
 
 def test_broken_tensors(tmp_path):
     path = tmp_path / "x.safetensors"
-    save_tensors(path, {"a": torch.randn(4, 3)}, sigmas="2.5")
+    save_tensors(path, {"a": torch.randn(4, 3)})
     raw = path.read_bytes()
     for cut in range(len(raw)):
         path.write_bytes(raw[:cut])
