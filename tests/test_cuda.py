@@ -276,7 +276,7 @@ def test_an_exported_student_samples_as_ours(tmp_path, quick):
     theirs = pipe("a red cube", num_inference_steps=1, guidance_scale=0, latents=z, output_type="latent").images
 
     cfg, teacher, generator = load_run(tmp_path / "run", DEVICE)
-    ours = generator(z[None], find_prompts(cfg, teacher)[torch.tensor([0])].to(DEVICE))
+    ours = generator(z[None], find_prompts(cfg, teacher, DEVICE)[torch.tensor([0])].to(DEVICE))
     assert ((theirs - ours).norm() / ours.norm()).item() < 1e-3
 
 
