@@ -86,9 +86,10 @@ def photos(tmp_path_factory):
 
 @pytest.fixture
 def fast(monkeypatch):
-    """Two Heun steps for the pictures, no diagrams."""
+    """The teacher's answer, for pictures and metrics, in two Heun steps; no diagrams."""
     heun = progress.heun
-    monkeypatch.setattr(progress, "heun", lambda *args, **kwargs: heun(*args, **{**kwargs, "steps": 2}))
+    for module in (progress, evaluate):
+        monkeypatch.setattr(module, "heun", lambda *args, **kwargs: heun(*args, **{**kwargs, "steps": 2}))
     monkeypatch.setattr(train, "have_matplotlib", lambda: False)
 
 

@@ -16,6 +16,11 @@ RUN = ["--device", "cpu", "--batch", "4", "--steps", "2", "--critic_steps", "2",
 SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1)
 
 
+def slow(cases):
+    """pytest's parameters for these cases, which run with the slow tests alone."""
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
 def clip_tokenizer(folder, pad="<|endoftext|>"):
     """CLIP's byte-pair tokenizer over single letters, and how many words it knows."""
     from transformers import CLIPTokenizer

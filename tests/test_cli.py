@@ -357,11 +357,12 @@ def thousand_classes(folder):
     return folder
 
 
-LARGE = ("imagenet64", "cifar10-scratch", "ffhq64", "afhqv2-64")
+# Of lines that are much like others one runs by default.
+SLOW = ("imagenet64", "cifar10-scratch", "cifar10-uncond", "ffhq64", "afhqv2-64", "mnist-", "sdxl-", "sana-")
 NAMES = [n for n in PRESETS if not n.startswith("sd15")]          # those: test_stable_diffusion.py
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * n.startswith(LARGE)) for n in NAMES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * n.startswith(SLOW)) for n in NAMES])
 def test_every_preset_line_runs(name, tmp_path, monkeypatch, quick, capsys, stand_ins):
     """Each line of PRESETS, and so each method at each scale: --dry-run writes nothing, then one real update."""
     monkeypatch.chdir(tmp_path)

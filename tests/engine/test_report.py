@@ -43,6 +43,12 @@ def test_names_of_noise(name):
         load_data(name)
 
 
+@pytest.fixture(autouse=True)
+def nothing_to_collect(monkeypatch):
+    """Looking for lost memory after each part takes a quarter of a second, and here no part takes any."""
+    monkeypatch.setattr(report.gc, "collect", lambda: None)
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 def test_every_part_of_the_plan_is_a_run(gpu, tmp_path, monkeypatch):
     """Settings resolve; each of a tiny network can be prepared; the goals' parts come first."""

@@ -53,9 +53,8 @@ def flags(images, tmp_path, monkeypatch):
             "--eval_images", "8", "--log_every", "2", "--no-bf16", "--out", str(tmp_path / "run")]
 
 
-def test_a_run_on_a_folder_of_images(flags, tmp_path, monkeypatch):
+def test_a_run_on_a_folder_of_images(flags, tmp_path, fast):
     """Teacher, student with GAN and two steps, metrics while training, final table, pictures, samples and evaluation."""
-    monkeypatch.setattr(train, "have_matplotlib", lambda: False)
     train.main(flags)
     run = tmp_path / "run"
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

@@ -20,7 +20,7 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from pipelines import PROMPTS, RUN, clip, clip_tokenizer, kl, stopped_and_resumed
+from pipelines import PROMPTS, RUN, clip, clip_tokenizer, kl, slow, stopped_and_resumed
 from nano_dmd import evaluate, export, sample, train
 from nano_dmd.engine import build, prepare, progress, runs
 from nano_dmd.metrics import text
@@ -278,28 +278,30 @@ OPTIONS = {
     "lpips": ["--reg_loss", "lpips", "--lpips_decoder", "vae"],
 }
 PRESETS = [
-    ("sd15-dmd", "full"),
     ("sd15-dmd", "lpips"),
     ("sd15-dmd2", "full"),
     ("sd15-dmd2", "8bit"),
     ("sd15-dmd2", "offload"),
+    ("sd15-dmd2-gan", "critic"),
+    ("sd15-f_distill-4step", "full"),
+    ("sd15-dmd2-4step", "both"),
+]
+MORE = [
+    ("sd15-dmd", "full"),
     ("sd15-dmd2", "critic"),
     ("sd15-dmd2", "both"),
-    ("sd15-dmd2-gan", "critic"),
     ("sd15-f_distill", "critic"),
-    ("sd15-f_distill-4step", "full"),
     ("sd15-decoupled-4step", "both"),
-    ("sd15-dmd2-4step", "both"),
     ("sd15-sid", "critic"),
 ]
 
 
 def test_every_line_of_the_presets_is_tried():
     """A line without a method's name is the base of others, or complete."""
-    assert {n for n in train.PRESETS if n.startswith("sd15")} - {"sd15"} == {name for name, _ in PRESETS}
+    assert {n for n in train.PRESETS if n.startswith("sd15")} - {"sd15"} == {name for name, _ in PRESETS + MORE}
 
 
-@pytest.mark.parametrize("preset, option", PRESETS)
+@pytest.mark.parametrize("preset, option", PRESETS + slow(MORE))
 def test_presets_train_resume_and_report(preset, option, sd, prompts, photos, tmp_path, fast, piq):
     """Every preset takes real steps; stopped in the middle and resumed it ends bit for bit where one run ends."""
     argv = ["--preset", preset, "--teacher", sd, "--prompts", prompts, *RUN, *OPTIONS[option]]
@@ -331,7 +333,7 @@ def check_option(option, argv, tmp_path, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset, option", [p for p in PRESETS if p[1] in ("full", "critic", "both")])
+@pytest.mark.parametrize("preset, option", [p for p in PRESETS + MORE if p[1] in ("full", "critic", "both")])
 def test_a_step_keeps_to_its_device_and_never_waits_for_it(preset, option, sd, prompts, photos, step_on_meta):
     flags = {name[2:]: int(rank) for name, rank in zip(OPTIONS[option][::2], OPTIONS[option][1::2])}
     real = preset.endswith("gan") or "f_distill" in preset
@@ -393,16 +395,11 @@ def test_second_stage_starts_from_the_first(sd, prompts, photos, tmp_path, fast)
     assert all(torch.equal(v, nets.ema.state_dict()[k]) for k, v in saved["generator"].items())
 
 
-@pytest.mark.parametrize(
-    "preset, extra, steps",
-    [
-        ("sd15-dmd2", [], 1),
-        ("sd15-dmd2", ["--lora_generator", "2", "--lora_critic", "2"], 1),
-        ("sd15-dmd2-4step", [], 4),
-        ("sd15-sid", [], 1),
-        ("sd15-dmd2-4step", ["--sigmas", "t900,t400"], 2),
-    ],
-)
+@pytest.mark.parametrize("preset, extra, steps", [
+    ("sd15-dmd2", ["--lora_generator", "2", "--lora_critic", "2"], 1),
+    ("sd15-dmd2-4step", ["--sigmas", "t900,t400"], 2),
+    ("sd15-sid", [], 1),
+] + slow([("sd15-dmd2", [], 1), ("sd15-dmd2-4step", [], 4)]))
 def test_exported_pipeline_samples_as_the_generator(preset, extra, steps, sd, prompts, tmp_path, fast):
     """Plain DiffusionPipeline(num_inference_steps=k, guidance_scale=0), same noise: the same latents to 1e-4."""
     run, to = str(tmp_path / "run"), str(tmp_path / "pipe")

@@ -18,7 +18,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from PIL import Image
 from torch.testing import assert_close
 
-from pipelines import PROMPTS, RUN, pipeline, stopped_and_resumed
+from pipelines import PROMPTS, RUN, pipeline, slow, stopped_and_resumed
 from nano_dmd import export, sample, train
 from nano_dmd.denoiser import FromEps, FromFlow
 from nano_dmd.engine import runs
@@ -182,6 +182,7 @@ def test_prompts_online_are_those_of_the_cache(kind, encode, pipes, prompts):
     assert_close(online, cached, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encode", ["online", "visit"])
 def test_a_run_with_prompts_online(encode, pipes, prompts, tmp_path, fast):
     """The same draws as with the cache: the same student up to the rounding of the embeddings; resumed to the bit."""
@@ -215,19 +216,21 @@ def test_millions_of_prompts_stay_on_the_disk(tmp_path):
 
 LORA = ["--lora_generator", "2", "--lora_critic", "2"]
 RUNS = [
-    ("sdxl-dmd2-4step", "sdxl", []), ("sdxl-dmd2-lora", "sdxl", LORA),
-    ("sdxl-regression", "sdxl", []), ("sdxl-dmd2", "sdxl", []), ("sana-sid", "sana", []), ("sana-sid", "prx", LORA),
-    ("sana-sid", "sd3", LORA), ("sana-dmd2", "sana", LORA), ("sana-dmd2", "sana", ["--w_gan", "0.03", "--w_disc", "0.03"]),
-    ("sana-dmd2", "prx", ["--w_gan", "0.03", "--w_disc", "0.03"]), ("sana-dmd2", "sd3", ["--w_gan", "0.03", "--w_disc", "0.03"]),
+    ("sdxl-dmd2-lora", "sdxl", LORA), ("sdxl-regression", "sdxl", []), ("sana-sid", "sana", []), ("sana-sid", "prx", LORA),
+    ("sana-dmd2", "sana", ["--w_gan", "0.03", "--w_disc", "0.03"]), ("sana-dmd2", "sd3", ["--w_gan", "0.03", "--w_disc", "0.03"]),
+]
+MORE = [
+    ("sdxl-dmd2-4step", "sdxl", []), ("sdxl-dmd2", "sdxl", []), ("sana-sid", "sd3", LORA), ("sana-dmd2", "sana", LORA),
+    ("sana-dmd2", "prx", ["--w_gan", "0.03", "--w_disc", "0.03"]),
 ]
 
 
 def test_every_line_of_the_presets_is_tried():
     known = {name for name in train.PRESETS if name.startswith(("sdxl-", "sana-"))}
-    assert known == {preset for preset, _, _ in RUNS}
+    assert known == {preset for preset, _, _ in RUNS + MORE}
 
 
-@pytest.mark.parametrize("preset, kind, extra", RUNS)
+@pytest.mark.parametrize("preset, kind, extra", RUNS + slow(MORE))
 def test_presets_train_resume_and_report(preset, kind, extra, pipes, prompts, photos, tmp_path, fast, piq):
     """Every preset takes real steps and resumes to the bit; the picture is decoded; LoRA runs hold low-rank weights alone."""
     argv = ["--preset", preset, "--teacher", pipes(kind), "--prompts", prompts, *RUN, *extra]
@@ -266,14 +269,14 @@ def test_the_one_step_pair_of_sdxl(pipes, prompts, photos, tmp_path, fast, piq):
     assert generator.unit and generator.sigmas == (sd_sigmas()[399].item(),)
 
 
-EXPORTS = [("sdxl-dmd2-4step", "sdxl", []), ("sdxl-dmd2-4step", "sdxl", LORA), ("sdxl-dmd2", "sdxl", []),
-           ("sana-sid", "sana", []), ("sana-sid", "sana", LORA), ("sana-dmd2", "sana", ["--sigmas", "f0.999"]),
-           ("sdxl-dmd2-4step", "sdxl", ["--ode_steps"]), ("sana-sid", "sana", ["--ode_steps"]),
-           ("sana-sid", "prx", ["--ode_steps"]),
-           ("sana-sid", "prx", LORA), ("sana-sid", "sd3", LORA), ("sana-sid", "sd3", ["--sigmas", "f0.999,f0.9,f0.75,f0.5"])]
+EXPORTS = [("sdxl-dmd2-4step", "sdxl", LORA), ("sdxl-dmd2-4step", "sdxl", ["--ode_steps"]), ("sana-sid", "sana", LORA),
+           ("sana-sid", "sana", ["--ode_steps"]), ("sana-sid", "prx", ["--ode_steps"]), ("sana-sid", "sd3", LORA)]
+MORE_EXPORTS = [("sdxl-dmd2-4step", "sdxl", []), ("sdxl-dmd2", "sdxl", []), ("sana-sid", "sana", []),
+                ("sana-dmd2", "sana", ["--sigmas", "f0.999"]), ("sana-sid", "prx", LORA),
+                ("sana-sid", "sd3", ["--sigmas", "f0.999,f0.9,f0.75,f0.5"])]
 
 
-@pytest.mark.parametrize("preset, kind, extra", EXPORTS)
+@pytest.mark.parametrize("preset, kind, extra", EXPORTS + slow(MORE_EXPORTS))
 def test_exported_pipeline_samples_as_the_generator(preset, kind, extra, pipes, prompts, photos, tmp_path, fast):
     """The call that the model card shows, from words, with the same noise: the same latents to 1e-4, after save and load."""
     run, to = str(tmp_path / "run"), str(tmp_path / "pipe")
