@@ -11,8 +11,8 @@ equal when d_fake is optimal, d_fake = E[x | xt].
 With an optimal fake score the value is (1 - alpha) MESM on average: 0 at alpha = 1, negative above.
 So a falling loss is not progress. MESM has the gradient A + B: x moves (A), and d_fake follows (B).
 With d_fake frozen, L1 has the gradient A, and L2 has A + B / 2. So the gradient of the loss is
-(1 - alpha) A + B / 2. Only at alpha = 1/2 is it half of MESM's own. Larger alphas do better in
-practice, because the fake score lags behind the generator.
+(1 - alpha) A + B / 2. Only at alpha = 1/2 is it half of MESM's own. The paper's runs do best
+at 1 and 1.2. One reason: a lagging fake score lets a student collapse, and larger alphas resist.
 """
 
 import torch

@@ -56,6 +56,25 @@ def test_a_hand_out_holds_no_solutions(handed):
     assert len(secret) > 100 and not [line for line in secret if line in everything]
 
 
+@needs_solutions
+def test_the_week_plan_counts_right():
+    """Words and lines to 7 %, and the minutes that follow from them by the plan's rule, to ten."""
+    rows = re.findall(r"^\| \d \| ([\d, ]+) \|[^|]*\| A(\d) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$",
+                      (course.HERE / "instructor" / "README.md").read_text(), re.M)
+    assert len(rows) == 8
+    for numbers, week, *plan in rows:
+        assert tuple(numbers.split(", ")) == course.NOTEBOOKS[f"a{week}"]
+        paths = [next((course.ROOT / "tutorials").glob(f"{number}_*.ipynb")) for number in numbers.split(", ")]
+        cells = [cell for path in paths for cell in json.loads(path.read_text())["cells"]]
+        texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        solved = re.findall(r"### BEGIN SOLUTION.*?\n(.*?)### END", solution(f"a{week}"), re.S)
+        words = sum(len(t.split()) for t in [*texts, (course.HERE / f"a{week}" / "README.md").read_text()])
+        read, write = (sum(bool(line.strip()) for t in part for line in t.splitlines()) for part in (code, solved))
+        assert [int(v) for v in plan[:3]] == pytest.approx([words, read, write], rel=0.07)
+        assert abs(int(plan[3]) - (words / 100 + read / 10 + 2 * write + 30)) < 10
+
+
 def test_a_hand_out_needs_nothing_else(handed):
     """Its public tests and its grader run from it alone, in a process that does not know this repository."""
     for argv, said in ((["-m", "pytest", "-q", "-p", "no:cacheprovider", "test_public.py", "-k", "A1_4"], "not done yet: A1.4"),

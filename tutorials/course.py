@@ -36,13 +36,13 @@ Install once, in this folder. Without a GPU, take the small torch first:
     pip install -e ".[tutorials]" pytest
 
 Read the notebooks in `tutorials/` first: `jupyter lab tutorials`. They check your predictions and exercises; no marks depend on
-that. Their outputs are in the files: predict before you scroll. Links to docs/ and to notebooks that are not here lead
-nowhere. Notebooks 08 and 11, if you have them, also want `pip install -e ".[sd]"`.
+that. Their outputs are in the files: predict before you scroll. Links to files that are not here (docs/, tests, other
+notebooks) lead nowhere. Notebooks 08 and 11, if you have them, also want `pip install -e ".[sd]"`.
 
 Then, for each assignment, `{name}` for example: read `README.md` in its folder, write your code into `{name}.py`, and look
 how far you are:
 
-    cd {name}
+    cd {name}                            # here, too, run scripts of your own
     pytest test_public.py                # all tests; -k {upper}_2 runs one task
     python -m tutorials.grade .          # your points at the public constants, up to 100
 
