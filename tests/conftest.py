@@ -86,10 +86,11 @@ def photos(tmp_path_factory):
 
 @pytest.fixture
 def fast(monkeypatch):
-    """The teacher's answer, for pictures and metrics, in two Heun steps; no diagrams."""
+    """The teacher's answer, for pictures and metrics, in two Heun steps; no speeds, no diagrams."""
     heun = progress.heun
     for module in (progress, evaluate):
         monkeypatch.setattr(module, "heun", lambda *args, **kwargs: heun(*args, **{**kwargs, "steps": 2}))
+    monkeypatch.setattr(evaluate, "milliseconds", lambda *args: 1.0)
     monkeypatch.setattr(train, "have_matplotlib", lambda: False)
 
 

@@ -216,12 +216,13 @@ def test_millions_of_prompts_stay_on_the_disk(tmp_path):
 
 LORA = ["--lora_generator", "2", "--lora_critic", "2"]
 RUNS = [
-    ("sdxl-dmd2-lora", "sdxl", LORA), ("sdxl-regression", "sdxl", []), ("sana-sid", "sana", []), ("sana-sid", "prx", LORA),
-    ("sana-dmd2", "sana", ["--w_gan", "0.03", "--w_disc", "0.03"]), ("sana-dmd2", "sd3", ["--w_gan", "0.03", "--w_disc", "0.03"]),
+    ("sdxl-dmd2-lora", "sdxl", LORA), ("sana-sid", "sana", []), ("sana-sid", "prx", LORA),
+    ("sana-dmd2", "sana", ["--w_gan", "0.03", "--w_disc", "0.03"]),
 ]
 MORE = [
-    ("sdxl-dmd2-4step", "sdxl", []), ("sdxl-dmd2", "sdxl", []), ("sana-sid", "sd3", LORA), ("sana-dmd2", "sana", LORA),
-    ("sana-dmd2", "prx", ["--w_gan", "0.03", "--w_disc", "0.03"]),
+    ("sdxl-dmd2-4step", "sdxl", []), ("sdxl-dmd2", "sdxl", []), ("sdxl-regression", "sdxl", []), ("sana-sid", "sd3", LORA),
+    ("sana-dmd2", "sana", LORA), ("sana-dmd2", "prx", ["--w_gan", "0.03", "--w_disc", "0.03"]),
+    ("sana-dmd2", "sd3", ["--w_gan", "0.03", "--w_disc", "0.03"]),
 ]
 
 
