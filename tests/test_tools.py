@@ -107,6 +107,14 @@ def test_bench_has_every_method_and_part(capsys, monkeypatch):
     assert all(float(v) > 0 for line in lines[2:] for v in line.split()[2:])
 
 
+def test_bench_takes_each_methods_threads(private_cache):
+    """prepare sets them, for every command; once only the first method's were obeyed."""
+    for threads in (2, 1):
+        cfg = config.resolve(dict(preset="toy", method="sid", teacher_steps=5, batch=8, device="cpu", threads=threads))
+        bench.bench(cfg, 1)
+        assert torch.get_num_threads() == threads
+
+
 def test_bench_of_a_batch_in_parts(private_cache):
     """--accumulate: the bare network is timed on a part, as the generator is (it once got the whole batch's noise levels)."""
     cfg = config.resolve(dict(preset="toy", method="sid", teacher_steps=5, batch=32, accumulate=2, device="cpu"))
