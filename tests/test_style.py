@@ -182,12 +182,12 @@ def test_no_name_has_two_meanings():
     defined = {}
     for path in PACKAGE:
         for node in tree(path).body:
-            names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
-            if isinstance(node, ast.Assign):
-                names = [n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)]
-            for name in names:
-                if name != "main" and name[0] != "_":
-                    defined.setdefault(name, set()).add(shown(path))
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name != "main" and node.name[0] != "_":
+                defined.setdefault(node.name, []).append(shown(path))
+        targets = [t for node in tree(path).body if isinstance(node, ast.Assign) for t in node.targets]
+        assigned = {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        for name in assigned - {"__all__"}:        # a file may assign one twice
+            defined.setdefault(name, []).append(shown(path))
     twice = {name: where for name, where in defined.items() if len(where) > 1}
     assert not twice, listed(twice)
 

@@ -104,7 +104,7 @@ def main(argv=None):
     else:
         found = logs_of(args.out or Path("runs", "healthy" + "-mnist" * (args.preset == "mnist")), args.preset)
     save_figure(draw(*found), args.picture)
-    if args.picture.suffix == ".png":              # 32 colours are enough, and a quarter of the size
+    if args.picture.suffix.lower() == ".png":      # 32 colours are enough, and the file is smaller
         Image.open(args.picture).convert("RGB").quantize(32).save(args.picture, optimize=True)
     print(f"wrote {args.picture}")
 

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -155,12 +156,10 @@ def training(out, seconds, device, data):
         flags += ["--no-compile"]
     files.delete(out)                                    # an earlier report's
     ended = "was stopped when its time was over"
-    try:
+    with suppress(subprocess.TimeoutExpired):
         done = subprocess.run([sys.executable, "-m", "nano_dmd.train", *flags], text=True,
                               timeout=max(seconds, 60), capture_output=True)
         ended = files.last_words(done) if done.returncode else "came to its end"
-    except subprocess.TimeoutExpired:
-        pass
     files.note(f"the training {ended}")
     log, rows = out / "log.jsonl", {}
     batch = resolve({k: what[k] for k in ("preset", "method")}).batch

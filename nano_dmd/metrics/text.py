@@ -70,15 +70,16 @@ def text_metrics(images, captions, wanted, reference, device, weights=None, clip
             real = (squares(files[i : i + 50]) for i in range(0, len(files), 50))
 
     def scored():
-        """The images one by one, for FID; each is added to the CLIP score on its way."""
+        """The images one by one; each is added to the CLIP score on its way."""
         for x, caption in zip(images, captions):
             if clip:
                 clip.add(x, [caption])
-            yield squares(pil_images(x))
+            yield x
 
     result = {}
     if "fid" in wanted:                            # it loads its network before the first image
-        result = inception_metrics(scored(), real, ["fid"], device, weights)
+        small = (squares(pil_images(x)) for x in scored())
+        result = inception_metrics(small, real, ["fid"], device, weights)
     else:
         for _ in scored():
             pass

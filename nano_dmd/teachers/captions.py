@@ -99,8 +99,8 @@ def in_shards(shards):
                 for member in archive:
                     key, _, suffix = member.name.rpartition("/")[2].partition(".")
                     key = f"{member.name.rpartition('/')[0]}/{key}"
-                    is_image = f".{suffix.lower()}" in data.SUFFIXES and key not in images
-                    if member.isfile() and is_image:
+                    new = f".{suffix.lower()}" in data.SUFFIXES and key not in images
+                    if member.isfile() and new:
                         images[key] = Place(shard, member.offset_data, member.size)
                     elif member.isfile() and suffix in ("txt", "json"):
                         caption = caption_in(archive, member, suffix, shard)
