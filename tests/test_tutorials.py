@@ -15,6 +15,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from nano_dmd import noise
 from nano_dmd.denoiser import EDM
@@ -291,6 +292,11 @@ def test_one_code_of_colours():
     found = dict(re.findall(r'(REAL|FAKE|FIRST|GRADIENT) = "(#\w+)"', script))
     assert found == dict(REAL=plots.REAL, FAKE=plots.FAKE, FIRST=plots.TEACHER, GRADIENT=plots.GRADIENT)
     assert COLOURS[:3] == (plots.REAL, plots.FAKE, plots.TEACHER)
+    for path in (ROOT / "docs").glob("healthy*.png"):             # few colours: the student's and the teacher's among them
+        with Image.open(path) as image:
+            inks = torch.tensor(image.getpalette()).view(-1, 3)
+        wanted = torch.tensor([[int(ink[i : i + 2], 16) for i in (1, 3, 5)] for ink in (plots.FAKE, plots.TEACHER)])
+        assert (inks[:, None] - wanted).abs().amax(-1).amin(0).max() <= 2, path.name
     for path in run.NOTEBOOKS:
         source = "\n".join(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
         assert strange(source) == [], path.name
