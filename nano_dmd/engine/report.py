@@ -144,7 +144,7 @@ def limit_memory(device, gib):
 def training(out, seconds, device, data):
     """{command, ended, rows} of a real distillation, stopped when the time is over.
 
-    rows  by its log
+    rows  {updates done: speed and metrics}, read from its log
     """
     images = data or "cifar10" * (files.cache_dir() / "cifar10").is_dir()
     what = {"preset": "digits"}

@@ -279,7 +279,7 @@ def noise_images(name, device, flip):
 
 
 def identity(name):
-    """What a data set is, for cache keys: its name; of mixtures and files also what is in them."""
+    """A data set's part of a cache key: its name, and the content of a mixture or of files."""
     if name in (*SHIPPED, "cifar10", "cifar10-test") or name.startswith("random:"):
         return name
     if name.startswith("toy:"):
