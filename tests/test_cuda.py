@@ -11,13 +11,14 @@ from dataclasses import fields
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_hub import pipeline as pixels
-from test_parallel import launch
+from test_parallel import launch, sharded
 from test_stable_diffusion import pipeline as stable_diffusion
 from torch.testing import assert_close
 
 from nano_dmd import methods, sample, train
-from nano_dmd.engine import machine, prepare
+from nano_dmd.engine import machine, parallel, prepare
 from nano_dmd.engine.config import resolve
 from nano_dmd.engine.draw import Batch
 from nano_dmd.engine.files import load_tensors
@@ -117,11 +118,12 @@ def step_on(device, cfg):
     disturbed(nets)
     before = {name: p.detach().clone() for name, p in trained(nets).items()}
     opts = {k: torch.optim.SGD(opt.param_groups[0]["params"], lr=1e-3) for k, opt in opts.items()}
+    parallel.share(nets, opts, cfg)
     torch.manual_seed(1)
     with machine.compiled(True, asked=cfg.compile):
         logs = methods.train_step(nets, opts, lambda: carried(draw(), device), cfg, 0)
     methods.critic_requires_grad(nets, True)
-    after = trained(nets)
+    after = parallel.gather(trained(nets))
     return {k: (after[k].detach() - v).cpu() for k, v in before.items()}, {k: v.cpu() for k, v in logs.items()}
 
 
@@ -278,6 +280,19 @@ def test_an_exported_student_samples_as_ours(tmp_path, quick):
     cfg, teacher, generator = load_run(tmp_path / "run", DEVICE)
     ours = generator(z[None], find_prompts(cfg, teacher, DEVICE)[torch.tensor([0])].to(DEVICE))
     assert ((theirs - ours).norm() / ours.norm()).item() < 1e-3
+
+
+@pytest.mark.parametrize("case", ["toy dmd2", "digits dmd2, GAN, two steps", "ddpmpp sid", "flow dmd2, LoRA"])
+@pytest.mark.parametrize("shard", [False, pytest.param(True, marks=sharded)], ids=["DDP", "FSDP2"])
+def test_one_process_shares_with_itself(shard, case, config_of):
+    """A step of a group of one, over NCCL: the plain step to 1e-4 of its length (FSDP2 keeps weights in another order)."""
+    alone = step_on(DEVICE, config_of(case))[0]
+    dist.init_process_group("nccl" if GPU else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        moved = step_on(DEVICE, config_of(case, shard=shard))[0]
+    finally:
+        parallel.close()
+    assert error(moved, alone) < 1e-4
 
 
 @two_gpus

@@ -1,5 +1,6 @@
 """The machine: device, threads, precision, random streams, clocks."""
 
+import ctypes
 import functools
 import os
 import platform
@@ -47,6 +48,16 @@ def cpu():
     with suppress(OSError):
         return Path("/proc/cpuinfo").read_text()
     return ""
+
+
+def keep_freed_memory():
+    """From here on Linux's C library keeps what a step frees, for the next one (docs/log.md).
+
+    It would give memory back to the system, which clears it at every new use.  Nothing elsewhere.
+    """
+    with suppress(AttributeError, TypeError):      # macOS, Windows
+        for setting, size in (-3, 2**25), (-1, 2**28):     # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(setting, size)
 
 
 def forked(device):

@@ -93,19 +93,18 @@ def share(nets, opts, cfg):
     """
     if not dist.is_initialized():
         return
-    groups = {"generator": [nets.generator.net], "critic": [nets.fake.net, nets.discriminator]}
-    lora = {"generator": cfg.lora_generator, "critic": cfg.lora_critic}
+    parts = {"generator": (cfg.lora_generator, nets.ema, nets.generator, []),
+             "critic": (cfg.lora_critic, nets.slow_fake, nets.fake, [nets.discriminator])}
     ddp = {}
-    for which, group in groups.items():
-        if cfg.shard and not lora[which]:
-            shard(group, opts[which])
-        else:  # some weights get no gradient: unused classes, say
-            ddp[which] = DistributedDataParallel(Group(*group), find_unused_parameters=True)
-    averages = dict(generator=(nets.ema, nets.generator), critic=(nets.slow_fake, nets.fake))
-    for which, (average, net) in averages.items():
-        if cfg.shard and not lora[which] and average is not net:
+    for which, (lora, average, net, more) in parts.items():
+        if lora or not cfg.shard:  # some weights get no gradient: unused classes, say
+            group = Group(net.net, *more)
+            ddp[which] = DistributedDataParallel(group, find_unused_parameters=True)
+            continue
+        shard([net.net, *more], opts[which])
+        if average is not net:
             shard([average.net])
-    if cfg.shard and not any(lora.values()) and isinstance(nets.real.denoiser, nn.Module):
+    if not ddp and isinstance(nets.real.denoiser, nn.Module):
         shard([nets.real.denoiser])
 
     def backward(loss, which, last):
@@ -123,14 +122,16 @@ def shard(group, opt=None):
 
     The blocks of a network are fetched one at a time, while they compute.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     before = [p for net in group for p in net.parameters()]
+    mesh = init_device_mesh(before[0].device.type, (dist.get_world_size(),))   # else: any GPU there
     for net in group:
         net.to(memory_format=torch.contiguous_format)             # FSDP2 splits nothing else
         for block in blocks(net):
-            fully_shard(block)
-        fully_shard(net, reshard_after_forward=True)  # also after a pass without backward
+            fully_shard(block, mesh=mesh)
+        fully_shard(net, mesh=mesh, reshard_after_forward=True)  # also after a pass without backward
         if hasattr(net, "features"):               # the other way into a Denoiser
             register_fsdp_forward_method(net, "features")
     if opt is None:

@@ -2,6 +2,7 @@
 
 import torch
 
+from nano_dmd.engine import machine
 from nano_dmd.engine.build import build
 from nano_dmd.engine.draw import Draw
 from nano_dmd.engine.files import UserError
@@ -18,6 +19,7 @@ def prepare(cfg, device, resumed=""):
 
     raises UserError where parts of cfg do not fit together
     """
+    machine.keep_freed_memory()
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if device.type == "cuda":

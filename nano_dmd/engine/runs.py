@@ -37,7 +37,7 @@ def state(cfg, step, seconds, nets, opts, draw):
     modules = {name: getattr(nets, name) for name in TRAINED}
     states = {id(net): net for net in modules.values()}           # without an average, two are one
     states = {key: gather(files.own_state(net)) for key, net in states.items()}
-    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+    cuda = [torch.cuda.get_rng_state()] if draw.device.type == "cuda" else []
     return dict(config=asdict(cfg), step=step, seconds=list(seconds), processes=place()[1],
                 nets={name: states[id(net)] for name, net in modules.items()},
                 opts=gather({k: opt.state_dict() for k, opt in opts.items()}),
@@ -68,10 +68,13 @@ def restore(saved, cfg, nets, opts, draw, path):
             if problem := wrong_moments(saved["opts"][name], groups[0], opt, cfg):
                 raise ValueError(f"the optimiser of the {name}: {problem}")
             opt.load_state_dict({"state": saved["opts"][name]["state"], "param_groups": groups})
+            for p, found in opt.state.items():     # in p's memory order, which --shard did not keep
+                found |= {k: torch.empty_like(p, dtype=v.dtype).copy_(v) for k, v in found.items()
+                          if torch.is_tensor(v) and v.shape == p.shape}
         cpu, cuda, data = saved["rng"]
         draw.rng.set_state(data.cpu())
         torch.set_rng_state(cpu.cpu())
-        if torch.cuda.is_available() and cuda:
+        if draw.device.type == "cuda" and cuda:
             torch.cuda.set_rng_state(cuda[0].cpu())
         return saved["step"], saved["seconds"], saved["processes"]
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as e:

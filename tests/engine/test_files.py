@@ -190,7 +190,7 @@ def parts(sources):
     for opt in opts.values():
         opt.param_groups[0]["params"][0].grad = torch.ones(2, 2)
         opt.step()
-    return cfg, nets, opts, SimpleNamespace(rng=torch.Generator(), sources=sources)
+    return cfg, nets, opts, SimpleNamespace(rng=torch.Generator(), sources=sources, device=torch.device("cpu"))
 
 
 def restored(path, change=lambda saved: None, before={}, after={}):
@@ -216,6 +216,19 @@ def test_restore_is_the_inverse_of_state(tmp_path):
     for name, opt in opts.items():
         moments, = opt.state.values()
         assert all(torch.equal(v, saved["opts"][name]["state"][0][k]) for k, v in moments.items())
+
+
+def test_moments_come_back_in_the_memory_order_of_their_weights(tmp_path):
+    """A run with --shard saves them in another order; fused Adam would pair them with other weights, without a word."""
+    first = torch.tensor([[0.0, 2.0], [1.0, 3.0]])
+    with torch.random.fork_rng():
+        _, nets, opts, _ = restored(tmp_path / "ck.pt", lambda s: moments_of(s).update(exp_avg=first.t().contiguous().t()))
+    weight, opt = nets.fake.weight, opts["critic"]
+    assert torch.equal(opt.state[weight]["exp_avg"], first)
+    before, weight.grad, opt.param_groups[0]["weight_decay"] = weight.detach().clone(), torch.zeros(2, 2), 0
+    opt.step()
+    moved = before - weight.detach()
+    torch.testing.assert_close(3 * moved / moved[1, 1], first, rtol=1e-4, atol=1e-4)
 
 
 def settings_of(saved):
