@@ -28,24 +28,30 @@ from nano_dmd.methods import METHODS, critic_requires_grad, train_step, update
 from nano_dmd.metrics.sets import table
 from nano_dmd.teachers.data import load_data
 
+COMPILED = "critic update", "G update", "whole step"
+
 
 def bench(cfg, repeats, limit=float("inf")):
     """{part: milliseconds, ...} of one method on cfg.device.
 
     repeats  timed calls of each part, for a median; fewer where they take over `limit` seconds
+    With cfg.compile the updates and the whole step are compiled, all else is not.
     """
     device = machine.pick_device(cfg.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     teacher, nets, opts, draw = prepare(cfg, device)
     batches = [draw() for _ in range(cfg.accumulate)]
-    parts, few = calls(cfg, nets, opts, draw, batches), min(repeats, 5)
-    seconds = {name: machine.median_seconds(part, device, repeats, limit)
-               for name, part in parts.items()}
-    seconds["student"], seconds["teacher"] = latency(nets, batches[0], teacher.calls, few)
+    parts, seconds = calls(cfg, nets, opts, draw, batches), {}
+    for name, part in parts.items():
+        with machine.compiled(name in COMPILED, asked=cfg.compile):
+            seconds[name] = machine.median_seconds(part, device, repeats, limit)
     memory = machine.about(device)["peak_memory_mib"]
-    with FlopCounterMode(display=False) as counter, machine.compiled(False, asked=cfg.compile):
-        parts["whole step"]()
+    with machine.compiled(False, asked=cfg.compile):
+        seconds["student"], seconds["teacher"] = latency(
+            nets, batches[0], teacher.calls, min(repeats, 5))
+        with FlopCounterMode(display=False) as counter:
+            parts["whole step"]()
     speed = counter.get_total_flops() / seconds["whole step"]
     share = speed / machine.matmul_flops(device, nets.generator.net.bf16)
     return {f"{k} ms": 1000 * v for k, v in seconds.items()} | {

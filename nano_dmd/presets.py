@@ -82,8 +82,7 @@ DMD = dict(
     sigmas="80", dm_sigma="karras(0.0032,72)", critic_sigma="karras(0.002,80)",
     gan_sigma="karras(0.002,80)", beta1=0.9, beta2=0.999, weight_decay=0.01, clip=10, warmup=500,
     ema=0)
-CIFAR_DMD = dict(
-    DMD, steps=300_000, batch=392, lr_generator=5e-5, lr_critic=5e-5, reg_loss="lpips")
+CIFAR_DMD = dict(DMD, steps=300_000, batch=392, lr_generator=5e-5, lr_critic=5e-5, reg_loss="lpips")
 PRESETS |= {
     "cifar10-dmd": dict(CIFAR_DMD, w_reg=0.25, pairs=100_000),
     "cifar10-uncond-dmd": dict(CIFAR_DMD, w_reg=0.5, pairs=500_000),

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import platform
+import statistics
 import sys
 import time
 from contextlib import nullcontext, suppress
@@ -96,16 +97,15 @@ class Clock:
 
 
 def median_seconds(function, device, repeats, limit=float("inf")):
-    """Median wall time of one call, after two calls to warm up; fewer calls after limit seconds."""
+    """Median wall time of one call, after two to warm up; fewer calls after limit seconds."""
     times = []
-    while len(times) < repeats + 2 and (len(times) < 2 or sum(times) < limit):
+    while len(times) < repeats + 2 and (len(times) < 3 or sum(times[2:]) < limit):
         start = time.perf_counter()
         function()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    timed = sorted(times[min(2, len(times) - 1) :])
-    return timed[len(timed) // 2]
+    return statistics.median(times[2:])
 
 
 def matmul_flops(device, bf16):

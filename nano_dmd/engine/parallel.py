@@ -126,12 +126,12 @@ def shard(group, opt=None):
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     before = [p for net in group for p in net.parameters()]
-    mesh = init_device_mesh(before[0].device.type, (dist.get_world_size(),))   # else: any GPU there
+    mesh = init_device_mesh(before[0].device.type, (dist.get_world_size(),))  # torch's own: a GPU
     for net in group:
         net.to(memory_format=torch.contiguous_format)             # FSDP2 splits nothing else
         for block in blocks(net):
             fully_shard(block, mesh=mesh)
-        fully_shard(net, mesh=mesh, reshard_after_forward=True)  # also after a pass without backward
+        fully_shard(net, mesh=mesh, reshard_after_forward=True)   # also after one without backward
         if hasattr(net, "features"):               # the other way into a Denoiser
             register_fsdp_forward_method(net, "features")
     if opt is None:

@@ -11,13 +11,13 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from nano_dmd.engine import files, machine
 from nano_dmd.engine.config import resolve
-from nano_dmd.engine.files import UserError
 from nano_dmd.methods import METHODS
 from nano_dmd.metrics.sets import table
 from nano_dmd.presets import PRESETS, REPORTED
@@ -37,33 +37,34 @@ MEMORY = {
     "no recomputation": dict(checkpointing=False)}
 TITLES = {
     "methods": "A step of each method, one critic update",
-    "batch": "Other batches",
+    "batch": "The largest batch that fits, by quarters",
     "memory": "Memory of text to image, one image"}
 SPEED = ("critic update ms", "G update ms", "whole step ms", "images/s", "peak %", "memory MiB")
 LATENCY = ("bare ms", "student ms", "teacher ms")
 
 
 def plan(gpu):
-    """Yield (section, label, network, settings), the most important first."""
+    """[(section, label, network, settings)], the most important first.  Compiling takes minutes."""
     first, second = REPORTED[:2]
-    for net in BATCH:
-        for method in REPORTED:
-            several = "," in PRESETS[net].get("sigmas", "")
-            if several and "pairs" in METHODS[method].needs:       # of one-step students alone
-                continue
-            yield "methods", f"{net} {method}, bf16", net, dict(BF16, method=method)
-            if net == "cifar10" and method in (first, second):     # the goals are ratios of these
-                for how in ("bf16 compiled", "fp32")[not gpu :]:   # compiling takes a CPU minutes
-                    yield "methods", f"{net} {method}, {how}", net, dict(HOW[how], method=method)
-    for net in TEXT:
-        for label, options in MEMORY.items():
-            settings = dict(BF16, method=second, batch=1) | options
-            yield "memory", f"{net} {second}, {label}", net, settings
-    for n in (64, 512, 1024, 2048, 4096) if gpu else ():
-        yield "batch", f"cifar10 {first}, bf16, {n}", "cifar10", dict(BF16, method=first, batch=n)
-    for net, how in (("cifar10", "TF32"), ("imagenet64", "fp32"), ("sd15", "fp32"),
-                     *[("imagenet64", "bf16 compiled"), ("sd15", "bf16 compiled")] * gpu):
-        yield "methods", f"{net} {second}, {how}", net, dict(HOW[how], method=second)
+
+    def step(net, method, how):
+        return "methods", f"{net} {method}, {how}", net, dict(HOW[how], method=method)
+
+    def memory(net):
+        common = dict(BF16, method=second, batch=1)
+        return [("memory", f"{net} {second}, {label}", net, common | options)
+                for label, options in MEMORY.items()]
+
+    largest = [("batch", f"{net} {first}, bf16", net, dict(BF16, method=first, batch=4 * n))
+               for net, n in BATCH.items()]
+    compiled = [step(net, second, "bf16 compiled") for net in ("cifar10", "imagenet64", "sd15")]
+    several = [net for net in BATCH if "," in PRESETS[net].get("sigmas", "")]    # so without pairs
+    return [*(step(net, method, "bf16") for net in BATCH for method in REPORTED
+              if net not in several or "pairs" not in METHODS[method].needs),
+            step("cifar10", first, "fp32"), step("cifar10", second, "fp32"), *memory("sd15"),
+            *[step("cifar10", first, "bf16 compiled")] * gpu, *largest * gpu,
+            step("cifar10", second, "TF32"), step("imagenet64", second, "fp32"),
+            step("sd15", second, "fp32"), *memory("sana"), *memory("sdxl"), *compiled * gpu]
 
 
 def report(out, minutes, device, data, bench, command):
@@ -99,9 +100,9 @@ def report(out, minutes, device, data, bench, command):
         cfg = resolve(settings | changes)
         print(f"{section}: {label}", file=sys.stderr, flush=True)
         limit_memory(device, 24 if "24 GB" in label else 0)
-        numbers = attempt(bench, cfg, limit=minutes / 2)
+        cfg, numbers = attempt(bench, cfg, section == "batch", limit=minutes / 6)
         found["parts"].append(dict(section=section, label=label, method=cfg.method,
-                                   batch=cfg.batch, **numbers))
+                                   batch=cfg.batch, parts=cfg.accumulate, **numbers))
     found["training"] = training(out / "run", save(), device, data)
     save()
     return as_markdown(found)
@@ -109,29 +110,43 @@ def report(out, minutes, device, data, bench, command):
 
 def what_it_is(device):
     """The machine, and the TFLOP/s of matrix products in each precision."""
-    known, allowed = machine.about(device), torch.backends.cuda.matmul.allow_tf32
+    known = machine.about(device)
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
-        known |= dict(memory_gib=round(memory / 2**30, 1), cuda=torch.version.cuda)
+        known |= {"GiB": memory / 2**30, "CUDA": torch.version.cuda,
+                  "cuDNN": torch.backends.cudnn.version()}
     for name in ("fp32", "TF32", "bf16"):
         torch.backends.cuda.matmul.allow_tf32 = HOW[name]["tf32"]
         known[f"TFLOP/s {name}"] = machine.matmul_flops(device, HOW[name]["bf16"]) / 1e12
-    torch.backends.cuda.matmul.allow_tf32 = allowed
     return known
 
 
-def attempt(bench, cfg, limit):
-    """The numbers of one part, or {"failed": why}."""
-    start = time.perf_counter()
+def attempt(bench, cfg, search, limit):
+    """(cfg that was measured, its numbers or {"failed": why}).
+
+    Out of memory: once more with less, see less_memory.
+    """
+    less = None
     try:
-        found = bench(cfg, repeats=10, limit=limit)
-    except (UserError, RuntimeError) as e:         # torch's "out of memory" is a RuntimeError
-        found = {"failed": files.first_line(e)}
-    gc.collect()
-    if cfg.compile:
-        torch._dynamo.reset()
-    torch.cuda.empty_cache()
-    return found | {"took": round(time.perf_counter() - start, 1)}
+        return cfg, bench(cfg, repeats=5, limit=limit)
+    except torch.OutOfMemoryError as e:
+        less, why = less_memory(cfg, search), files.first_line(e)
+    except Exception as e:                         # whatever it was, the other parts go on
+        why = files.first_line(e)
+    finally:
+        if cfg.compile:
+            torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+    return attempt(bench, less, search, limit) if less else (cfg, {"failed": why})
+
+
+def less_memory(cfg, search):
+    """cfg with three quarters of the batch (search), or the batch in more parts; None at 1."""
+    if search:
+        return replace(cfg, batch=cfg.batch * 3 // 4) if cfg.batch > 1 else None
+    parts = 2 * cfg.accumulate
+    return None if cfg.batch % parts else replace(cfg, accumulate=parts)
 
 
 def limit_memory(device, gib):
@@ -149,11 +164,9 @@ def training(out, seconds, device, data):
     images = data or "cifar10" * (files.cache_dir() / "cifar10").is_dir()
     what = {"preset": "digits"}
     if images:
-        what = dict(preset="cifar10-scratch", data=images, teacher_steps=2000, steps=2000)
-    what |= dict(method=REPORTED[0], eval_every=100, log_every=50, device=device, out=out)
-    flags = [word for k, v in what.items() for word in (f"--{k}", str(v))]
-    if device.type == "cpu":
-        flags += ["--no-compile"]
+        what = dict(preset="cifar10-scratch", data=images, teacher_steps=400, steps=2000)
+    what |= dict(method=REPORTED[0], eval_every=50, log_every=50, device=device, out=out)
+    flags = [word for k, v in what.items() for word in (f"--{k}", str(v))] + ["--no-compile"]
     files.delete(out)                                    # an earlier report's
     ended = "was stopped when its time was over"
     with suppress(subprocess.TimeoutExpired):
@@ -176,7 +189,8 @@ def training(out, seconds, device, data):
 
 def latencies(parts):
     """{network and precision: milliseconds of one sample by bare network, student, teacher}."""
-    known = [p for p in parts if p["section"] == "methods" and p["method"] == REPORTED[1]]
+    known = [p for p in parts if p["section"] == "methods" and p["method"] == REPORTED[1]
+             and "compiled" not in p["label"]]
     return {p["label"].replace(f" {p['method']}", ""): {k: p[k] for k in LATENCY}
             | {"ratio": p["teacher ms"] / p["student ms"]} for p in known}
 
@@ -184,7 +198,8 @@ def latencies(parts):
 def against_official(parts):
     """{method: ratio}: how much faster than a stand-in of the official code on this machine.
 
-    The stand-in is our step in fp32, eager, without TF32, and one more pass of the generator.
+    The stand-in is our step in fp32, eager, without TF32, and one more pass of the generator.  Like
+    all our steps it takes cuDNN's deterministic kernels, and theirs the fastest: so it may be slow.
     """
     known, rows = {p["label"]: p for p in parts}, {}
     for method in REPORTED:
@@ -200,12 +215,11 @@ def against_official(parts):
 def as_markdown(found):
     """A section for docs/gpu.md."""
     known, parts = found["machine"], [p for p in found["parts"] if "failed" not in p]
-    peaks = ", ".join(f"{v:.3g} {k}" for k, v in known.items() if "TFLOP" in k)
-    memory = f"{known['memory_gib']} GiB, CUDA {known['cuda']}, " if "cuda" in known else ""
-    rehearsal = "" if "cuda" in known else ": a rehearsal with small networks"
+    facts = [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in known.items()
+             if k not in ("device", "peak_memory_mib")]
+    rehearsal = "" if "CUDA" in known else ": a rehearsal with small networks"
     lines = [f"## {found['date']}: {known['device']}{rehearsal}", "",
-             f"{memory}torch {known['torch']}, {known['threads']} threads. Matrix products: "
-             f"{peaks}. Made in {found['minutes']} minutes by", "", "```bash",
+             f"{', '.join(facts)}. Made in {found['minutes']} minutes by", "", "```bash",
              found["command"], "```"]
 
     def show(title, rows):
@@ -213,7 +227,7 @@ def as_markdown(found):
             lines.extend(["", title, "", "```text", table(rows), "```"])
 
     for section, title in TITLES.items():
-        show(title, {p["label"]: {k: p[k] for k in ("batch", *SPEED)}
+        show(title, {p["label"]: {k: p[k] for k in ("batch", "parts", *SPEED)}
                      for p in parts if p["section"] == section})
     show("One sample, milliseconds", latencies(parts))
     show("Against the cost of the official code (fp32, eager, one generator pass more)",

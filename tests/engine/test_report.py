@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nano_dmd import bench, train
-from nano_dmd.engine import report
+from nano_dmd.engine import machine, report
 from nano_dmd.engine.config import resolve
 from nano_dmd.engine.files import UserError
 from nano_dmd.engine.prepare import prepare
@@ -54,8 +54,11 @@ def nothing_to_collect(monkeypatch):
 def test_every_part_of_the_plan_is_a_run(gpu, tmp_path, monkeypatch):
     """Settings resolve; each of a tiny network can be prepared; the goals' parts come first."""
     plan = list(report.plan(gpu))
-    first = [label for _, label, *_ in plan[:3]]
-    assert first[0] == "cifar10 sid, bf16" and "cifar10 sid, fp32" in first and ("cifar10 sid, bf16 compiled" in first) == gpu
+    labels = [label for _, label, *_ in plan]
+    assert len(set(labels)) == len(labels) - 5 * gpu and labels[0] == "cifar10 sid, bf16"      # largest batches: the same names
+    early = labels[: len(labels) // 2 + gpu]
+    assert {"cifar10 sid, fp32", "cifar10 dmd2, fp32", "sd15 dmd2, LoRA fake score, 8-bit Adam, in 24 GB"} < set(early)
+    assert ("cifar10 sid, bf16 compiled" in early) == gpu
     seen, device = [], torch.device("cuda" if gpu else "cpu")
     monkeypatch.setattr(report, "training", lambda *args: dict(command="", ended="came to its end", rows={}))
     monkeypatch.setattr(report, "what_it_is", lambda device: dict(device="x", torch="2", threads=1))
@@ -73,7 +76,7 @@ def test_a_report_holds_what_was_done(tmp_path, monkeypatch):
         assert len(written["parts"]) == len(calls)
         calls.append(cfg)
         if cfg.method == "dmd":
-            raise torch.OutOfMemoryError("no room")
+            raise ValueError("no room")
         return NUMBERS | {"whole step ms": 900.0 if not cfg.bf16 else 200.0}
 
     calls = []
@@ -85,8 +88,46 @@ def test_a_report_holds_what_was_done(tmp_path, monkeypatch):
     assert text == (tmp_path / "report.md").read_text() and len(found["parts"]) == len(calls) > 20
     assert report.against_official(found["parts"])["sid, bf16"] == {"stand-in ms": 1000.0, "ours ms": 200.0, "times": 5.0}
     assert report.latencies(found["parts"])["cifar10, bf16"]["ratio"] == 50.0
-    for words in ("no room", "100 updates", "1.5 TFLOP/s bf16", "LoRA fake score", "bench --report X"):
+    for words in ("no room", "100 updates", "TFLOP/s bf16 1.5", "LoRA fake score", "bench --report X"):
         assert words in text
+
+
+def test_out_of_memory_means_once_more_with_less():
+    """Parts of a batch are doubled; a search takes three quarters; what fails otherwise is told, and nothing is tried again."""
+    def fits(room):
+        def bench(cfg, repeats, limit):
+            seen.append((cfg.batch, cfg.accumulate))
+            if cfg.batch // cfg.accumulate > room:
+                raise torch.OutOfMemoryError("no room\nat all")
+            return {"images/s": 1.0}
+        return bench
+
+    seen, cfg = [], resolve(dict(preset="digits", batch=40))
+    assert report.attempt(fits(10), cfg, False, 1)[1] == {"images/s": 1.0} and seen == [(40, 1), (40, 2), (40, 4)]
+    seen.clear()
+    assert report.attempt(fits(20), cfg, True, 1)[0].batch == 16 and seen == [(40, 1), (30, 1), (22, 1), (16, 1)]
+    for search in (False, True):                                                    # 5 is odd
+        seen.clear()
+        assert report.attempt(fits(0), cfg, search, 1)[1] == {"failed": "no room"}
+        assert seen[-1] == ((1, 1) if search else (40, 8))
+    seen.clear()
+    wrong = lambda cfg, repeats, limit: seen.append(0) or 1 / 0
+    assert report.attempt(wrong, cfg, False, 1) == (cfg, {"failed": "division by zero"}) and seen == [0]
+
+
+def test_a_median_leaves_the_warming_up_out(monkeypatch):
+    """Two calls to warm up, then the median of `repeats`, or of as many as the limit allows, at least one."""
+    calls, now = iter([100, 50, 3, 1, 2, 9, 9, 9, 9]), [0.0]
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: now[0])
+    work = lambda: now.__setitem__(0, now[0] + next(calls))
+    assert machine.median_seconds(work, CPU, repeats=20, limit=5.5) == 2
+    assert next(calls) == 9                                                         # five calls were made
+    calls = iter([100, 50, 3, 9])
+    assert machine.median_seconds(work, CPU, repeats=20, limit=0.5) == 3 and next(calls) == 9
+    calls = iter([100, 50, 3, 1, 2, 9, 9])
+    assert machine.median_seconds(work, CPU, repeats=5) == 3
+    calls = iter([100, 50, 7])
+    assert machine.median_seconds(work, CPU, repeats=1) == 7
 
 
 def test_a_report_whose_time_is_over_is_a_report(tmp_path, monkeypatch):
