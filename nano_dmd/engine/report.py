@@ -37,7 +37,7 @@ MEMORY = {
     "no recomputation": dict(checkpointing=False)}
 TITLES = {
     "methods": "A step of each method, one critic update",
-    "batch": "The largest batch that fits, by quarters",
+    "batch": "The largest batch that fits, in steps of a quarter",
     "memory": "Memory of text to image, one image"}
 SPEED = ("critic update ms", "G update ms", "whole step ms", "images/s", "peak %", "memory MiB")
 LATENCY = ("bare ms", "student ms", "teacher ms")
@@ -102,7 +102,7 @@ def report(out, minutes, device, data, bench, command):
         limit_memory(device, 24 if "24 GB" in label else 0)
         cfg, numbers = attempt(bench, cfg, section == "batch", limit=minutes / 6)
         found["parts"].append(dict(section=section, label=label, method=cfg.method,
-                                   batch=cfg.batch, parts=cfg.accumulate, **numbers))
+                                   batch=cfg.batch, accumulate=cfg.accumulate, **numbers))
     found["training"] = training(out / "run", save(), device, data)
     save()
     return as_markdown(found)
@@ -126,18 +126,18 @@ def attempt(bench, cfg, search, limit):
 
     Out of memory: once more with less, see less_memory.
     """
-    less = None
     try:
         return cfg, bench(cfg, repeats=5, limit=limit)
     except torch.OutOfMemoryError as e:
         less, why = less_memory(cfg, search), files.first_line(e)
     except Exception as e:                         # whatever it was, the other parts go on
-        why = files.first_line(e)
+        less, why = None, files.first_line(e)
     finally:
         if cfg.compile:
             torch._dynamo.reset()
         gc.collect()
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):               # after an error of the device's
+            torch.cuda.empty_cache()
     return attempt(bench, less, search, limit) if less else (cfg, {"failed": why})
 
 
@@ -227,7 +227,7 @@ def as_markdown(found):
             lines.extend(["", title, "", "```text", table(rows), "```"])
 
     for section, title in TITLES.items():
-        show(title, {p["label"]: {k: p[k] for k in ("batch", "parts", *SPEED)}
+        show(title, {p["label"]: {k: p[k] for k in ("batch", "accumulate", *SPEED)}
                      for p in parts if p["section"] == section})
     show("One sample, milliseconds", latencies(parts))
     show("Against the cost of the official code (fp32, eager, one generator pass more)",

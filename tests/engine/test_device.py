@@ -4,6 +4,10 @@ torch's meta device computes shapes and holds no numbers: reading one back, for 
 work first, is an error there. So a step that runs on it (conftest.step_on_meta) never waits for the device.
 """
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from test_hub import pipeline
@@ -90,3 +94,24 @@ def test_forked_leaves_no_trace():
         torch.manual_seed(5)
         torch.randn(3)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's setting")
+def test_freed_memory_is_kept():
+    """Pages that the system clears while blocks are used and freed, over and over: thousands, then none."""
+    code = """
+import resource, torch
+from nano_dmd.engine.machine import keep_freed_memory
+def pages():
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for mib in [8] * 10 + [4] * 10 + [2] * 10:
+        blocks = [torch.ones(mib * 2**18) for _ in range(12)]
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start
+before = pages()
+keep_freed_memory()
+pages()
+print(before, pages())"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before > 1000 and after < 100
