@@ -99,6 +99,7 @@ def run(cfg, resume=False):
     teacher, nets, opts, draw = prepare(cfg, device, own_teacher)
     if resume:
         step, seconds, before = restore(saved, cfg, nets, opts, draw, path)
+        saved = None                               # weights that nobody needs twice
     if not rank:
         open_folder(cfg, teacher, device, step, before, processes)
     parallel.share(nets, opts, cfg)

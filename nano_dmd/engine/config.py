@@ -258,6 +258,8 @@ def validate(cfg):
         raise UserError("--half_frozen needs --bf16: give both or neither")
     if cfg.offload_teacher and (cfg.lora_generator or cfg.lora_critic or cfg.shard):
         raise UserError("--offload_teacher does not go with LoRA or --shard: leave it out")
+    if cfg.adam8bit and cfg.shard:
+        raise UserError("--adam8bit does not go with --shard: leave one out")
     validate_method(cfg)
 
 

@@ -70,7 +70,7 @@ def restore(saved, cfg, nets, opts, draw, path):
             opt.load_state_dict({"state": saved["opts"][name]["state"], "param_groups": groups})
             for p, found in opt.state.items():     # in p's memory order, which --shard did not keep
                 found |= {k: torch.empty_like(p, dtype=v.dtype).copy_(v) for k, v in found.items()
-                          if torch.is_tensor(v) and v.shape == p.shape}
+                          if torch.is_tensor(v) and v.shape == p.shape and v.stride() != p.stride()}
         cpu, cuda, data = saved["rng"]
         draw.rng.set_state(data.cpu())
         torch.set_rng_state(cpu.cpu())

@@ -512,6 +512,7 @@ def test_mistakes_get_one_sentence(sd, prompts, photos, tmp_path, fast):
     complain(["--preset", "sd15-sid", "--offload_teacher", "--teacher", "random:tiny", "--prompts", prompts, "--batch", "2",
               "--device", "cpu", "--out", str(tmp_path / "offload")], "this method differentiates through the teacher")
     complain(["--preset", "sd15-dmd2", "--lora_critic", "2", "--offload_teacher"], "does not go with LoRA")
+    complain(["--preset", "sd15-dmd2", "--adam8bit", "--shard"], "--adam8bit does not go with --shard")
     complain(["--preset", "sd15-dmd2-gan", "--teacher", sd, "--prompts", prompts, "--data", photos, "--flip"], "--flip: latents")
     (no_captions / "a.txt").write_text("fog")
     (no_captions / "b.png").write_bytes(b"no image")
