@@ -4,16 +4,19 @@ Without this a user with preemptible machines gets results that nobody, they inc
 Runs are processes of their own, killed by SIGKILL; a fork server spares each of them the import of torch.
 """
 
+import gc
 import json
 import multiprocessing
 import os
 import shutil
 import signal
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from nano_dmd import evaluate, methods, train
 from nano_dmd.engine import files, progress
@@ -240,6 +243,27 @@ def test_resume_without_the_cache(uninterrupted, out, tmp_path, monkeypatch, qui
     monkeypatch.setenv("NANO_DMD_CACHE", str(tmp_path / "empty"))
     train.main(resume(out))
     assert differences(result(out), uninterrupted(name)) == []
+
+
+def test_a_resumed_run_lets_go_of_its_checkpoint(out, monkeypatch, quick):
+    """A large student's weights and moments would be held twice to the end."""
+    assert exit_code(flags("toy sid", out), "after checkpoint.pt", 5) == -signal.SIGKILL
+    load, step, seen = train.load_checkpoint, methods.train_step, []
+
+    def watched_load(*args):
+        saved = load(*args)
+        seen.extend(weakref.ref(v) for v in tree_leaves([saved["nets"], saved["opts"]]) if torch.is_tensor(v))
+        return saved
+
+    def watched_step(nets, opts, *args):
+        gc.collect()
+        used = {id(v) for opt in opts.values() for v in tree_leaves(list(opt.state.values()))}
+        assert seen and {id(ref()) for ref in seen if ref() is not None} <= used        # moments alone, and once
+        return step(nets, opts, *args)
+
+    monkeypatch.setattr(train, "load_checkpoint", watched_load)
+    monkeypatch.setattr(train, "train_step", watched_step)
+    train.main(resume(out))
 
 
 # ---- what must not matter, and what must
