@@ -69,7 +69,7 @@ def quick(net, data, n):
 
 @torch.no_grad()
 def milliseconds(sample, teacher, device, k=1, batch=64, repeats=5):
-    """Median milliseconds to make one batch; after two to warm up, ten seconds or one batch."""
+    """Median milliseconds to make one batch, after two to warm up; fewer after ten seconds."""
     z = torch.randn(k, batch, *teacher.shape, device=device)
     cond = torch.zeros(batch, dtype=torch.long, device=device) if teacher.classes else None
     return 1000 * machine.median_seconds(lambda: sample(z, cond), device, repeats, limit=10)

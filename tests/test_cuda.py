@@ -195,12 +195,12 @@ def test_bfloat16_moves_the_same_way(case, config_of):
         assert torch.cosine_similarity(low[name], move, 0) > 0.97 and abs(low[name].norm() / move.norm() - 1) < 0.1
 
 
-@pytest.mark.parametrize("case, change, limit", [
-    ("ddpmpp sid", dict(checkpointing=True), 1e-3), ("text dmd2, LoRA", dict(checkpointing=True), 1e-3),
-    ("digits dmd2", dict(offload_teacher=True), 0)])
-def test_options_change_nothing(case, change, limit, config_of):
+@pytest.mark.parametrize("case, change, limit, generator", [
+    ("ddpmpp sid", dict(checkpointing=True), 1e-5, 1e-3), ("text dmd2, LoRA", dict(checkpointing=True), 1e-5, 1e-3),
+    ("digits dmd2", dict(offload_teacher=True), 0, 0)])
+def test_options_change_nothing(case, change, limit, generator, config_of):
     """Recomputed activations to rounding, a visiting teacher to the bit."""
-    assert_alike(step_on(DEVICE, config_of(case, **change))[0], step_on(DEVICE, config_of(case))[0], limit)
+    assert_alike(step_on(DEVICE, config_of(case, **change))[0], step_on(DEVICE, config_of(case))[0], limit, generator)
 
 
 @on_a_gpu
@@ -333,7 +333,7 @@ def test_two_gpus_are_one_with_the_joint_batch(shard, tmp_path):
 
 
 @on_a_gpu
-@pytest.mark.parametrize("case", ["digits sid", "ddpmpp dmd2"])
+@pytest.mark.parametrize("case", ["digits sid", "ddpmpp dmd2", "digits dmd2", "epsilon dmd2"])
 def test_compiled_is_eager(case, config_of):
-    """To 1e-3 of the length of each network's move (generator 1e-2).  Last: compiling takes a minute."""
+    """To 1e-3 of the length of each network's move (generator 1e-2).  Last: compiling takes minutes."""
     assert_alike(*(step_on(DEVICE, config_of(case, compile=on))[0] for on in (True, False)), 1e-3, generator=1e-2)

@@ -52,9 +52,10 @@ def cpu():
 
 
 def keep_freed_memory():
-    """From here on Linux's C library keeps what a step frees, for the next one (docs/log.md).
+    """Let Linux's C library keep the memory that a step frees, for the next step (docs/log.md).
 
-    It would give memory back to the system, which clears it at every new use.  Nothing elsewhere.
+    By default it gives this memory back to the system.  The system clears it before every new use,
+    which takes time.  On other systems nothing changes.
     """
     with suppress(AttributeError, TypeError):      # macOS, Windows
         for setting, size in (-3, 2**25), (-1, 2**28):     # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD

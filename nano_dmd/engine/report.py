@@ -51,7 +51,7 @@ def plan(gpu):
     def step(net, method, how):
         return "methods", f"{net} {method}, {how}", net, dict(HOW[how], method=method)
 
-    def steps(net):                                # one of several steps goes without pairs
+    def steps(net):                                # a student of several steps has no pairs
         several = "," in PRESETS[net].get("sigmas", "")
         return [step(net, method, "bf16") for method in REPORTED
                 if not several or "pairs" not in METHODS[method].needs]
@@ -79,38 +79,38 @@ def report(out, minutes, device, data, bench, command):
     minutes  for all of it; the last quarter is for a real training on data
     bench    function(cfg, repeats, limit) -> {part: number}
     """
-    start, out = time.perf_counter(), Path(out)
-    prompts = out / "prompts.txt"
+    start, parts = time.perf_counter(), []
+    out, prompts = Path(out), Path(out, "prompts.txt")
     files.write_atomic(prompts, "".join(f"picture {i}\n" for i in range(64)).encode())
-    found = dict(command=command, date=time.strftime("%Y-%m-%d"), parts=[])
-    found["machine"] = what_it_is(device)
+    found = dict(command=command, date=time.strftime("%Y-%m-%d"), machine=what_it_is(device),
+                 parts=parts)
+
+    def left():
+        return 60 * minutes - (time.perf_counter() - start)       # seconds
 
     def save():
-        """Write what is known; returns the seconds that are left."""
-        spent = time.perf_counter() - start
-        found["minutes"] = round(spent / 60, 1)
+        found["minutes"] = round(minutes - left() / 60, 1)
         files.write_json(out / "report.json", found)
         files.write_atomic(out / "report.md", as_markdown(found).encode())
-        return 60 * minutes - spent
 
+    save()
     for section, label, net, changes in plan(device.type == "cuda"):
-        if save() < 15 * minutes + 200 * ("compile" in changes):  # nothing cuts a compilation
+        if left() < 15 * minutes + 200 * ("compile" in changes):  # a compilation cannot be cut
             continue
-        settings = dict(
-            preset=net, teacher=f"random:{net}", device=str(device), critic_steps=1,
-            batch=BATCH[net], pairs=8, pair_steps=2, reg_loss="l2")
+        settings = dict(preset=net, teacher=f"random:{net}", device=str(device), critic_steps=1,
+                        batch=BATCH[net], pairs=8, pair_steps=2, reg_loss="l2")
         if device.type == "cpu":
             settings |= dict(teacher=REHEARSED[net], batch=2)
         if net in TEXT:
             settings |= dict(prompts=str(prompts), half_frozen=changes["bf16"], w_gan=0, w_disc=0)
         cfg = resolve(settings | changes)
         print(f"{section}: {label}", file=sys.stderr, flush=True)
-        with suppress(RuntimeError):               # after an error of the device's
-            limit_memory(device, 24 if "24 GB" in label else 0)
+        limit_memory(device, 24 if "24 GB" in label else 0)
         cfg, numbers = attempt(bench, cfg, section == "batch", limit=minutes / 6)
-        found["parts"].append(dict(section=section, label=label, method=cfg.method,
-                                   batch=cfg.batch, accumulate=cfg.accumulate, **numbers))
-    found["training"] = training(out / "run", save(), device, data)
+        parts.append(dict(section=section, label=label, method=cfg.method, batch=cfg.batch,
+                          accumulate=cfg.accumulate, **numbers))
+        save()
+    found["training"] = training(out / "run", left(), device, data)
     save()
     return as_markdown(found)
 
@@ -131,7 +131,7 @@ def what_it_is(device):
 def attempt(bench, cfg, search, limit):
     """(cfg that was measured, its numbers or {"failed": why}).
 
-    Out of memory: once more with less, see less_memory.
+    Where memory runs out it tries again with less, see less_memory.
     """
     try:
         return cfg, bench(cfg, repeats=5, limit=limit)
@@ -159,7 +159,9 @@ def limit_memory(device, gib):
     """From here on a smaller GPU: at most so many GiB of this one.  0: all of it."""
     if device.type == "cuda":
         whole = torch.cuda.get_device_properties(device).total_memory / 2**30
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gib / whole) if gib else 1.0, device)
+        share = min(1.0, gib / whole) if gib else 1.0
+        with suppress(RuntimeError):               # after an error of the device's
+            torch.cuda.set_per_process_memory_fraction(share, device)
 
 
 def training(out, seconds, device, data):
@@ -204,8 +206,9 @@ def latencies(parts):
 def against_official(parts):
     """{method: ratio}: how much faster than a stand-in of the official code on this machine.
 
-    The stand-in is our step in fp32, eager, without TF32, and one more pass of the generator.  Like
-    all our steps it takes cuDNN's deterministic kernels, and theirs the fastest: so it may be slow.
+    The stand-in is our step in fp32, eager, without TF32, and one more pass of the generator.
+    Our steps use cuDNN's deterministic kernels.  The official code uses the fastest ones, so it may
+    be faster than the stand-in.
     """
     known, rows = {p["label"]: p for p in parts if p["section"] == "methods"}, {}
     for method in REPORTED:

@@ -50,8 +50,16 @@ def nothing_to_collect(monkeypatch):
     monkeypatch.setattr(report.gc, "collect", lambda: None)
 
 
+@pytest.fixture
+def parts_alone(monkeypatch):
+    """A report without its training, of a machine that need not be there."""
+    monkeypatch.setattr(report, "training", lambda *args: dict(command="train", ended="came to its end", rows={}))
+    monkeypatch.setattr(report, "what_it_is", lambda device: dict(device="x", torch="2", threads=1))
+    monkeypatch.setattr(report, "limit_memory", lambda device, gib: None)
+
+
 @pytest.mark.parametrize("gpu", [False, True])
-def test_every_part_of_the_plan_is_a_run(gpu, tmp_path, monkeypatch):
+def test_every_part_of_the_plan_is_a_run(gpu, tmp_path, parts_alone):
     """Settings resolve; each of a tiny network can be prepared; the goals' parts come first."""
     plan = list(report.plan(gpu))
     labels = [label for _, label, *_ in plan]
@@ -60,9 +68,6 @@ def test_every_part_of_the_plan_is_a_run(gpu, tmp_path, monkeypatch):
     assert {"cifar10 sid, fp32", "cifar10 dmd2, fp32", "sd15 dmd2, LoRA fake score, 8-bit Adam, in 24 GB"} < set(early)
     assert ("cifar10 sid, bf16 compiled" in early) == gpu
     seen, device = [], torch.device("cuda" if gpu else "cpu")
-    monkeypatch.setattr(report, "training", lambda *args: dict(command="", ended="came to its end", rows={}))
-    monkeypatch.setattr(report, "what_it_is", lambda device: dict(device="x", torch="2", threads=1))
-    monkeypatch.setattr(report, "limit_memory", lambda device, gib: None)
     report.report(tmp_path, 60, device, "", lambda cfg, repeats, limit: (seen.append(cfg), NUMBERS)[1], "bench")
     assert len(seen) == len(plan) and len({(c.preset, c.method, c.bf16, c.tf32, c.compile) for c in seen}) > 10
     for cfg in {(c.preset, c.lora_critic, c.lora_generator, c.adam8bit): c for c in seen}.values() if not gpu else ():
@@ -135,20 +140,15 @@ def test_a_median_leaves_the_warming_up_out(monkeypatch):
 
 
 @pytest.mark.parametrize("seconds, compiled", [(400, True), (370, False)])
-def test_a_compilation_needs_time_to_spare(seconds, compiled, tmp_path, monkeypatch):
+def test_a_compilation_needs_time_to_spare(seconds, compiled, tmp_path, monkeypatch, parts_alone):
     """Nothing can cut it: it begins with 200 seconds over the last quarter of the time, here of 12 minutes."""
     seen, now = [], iter([0.0] + [720.0 - seconds] * 200)
     monkeypatch.setattr(report.time, "perf_counter", lambda: next(now))
-    monkeypatch.setattr(report, "training", lambda *args: dict(command="train", ended="came to its end", rows={}))
-    monkeypatch.setattr(report, "what_it_is", lambda device: dict(device="x", torch="2", threads=1))
-    monkeypatch.setattr(report, "limit_memory", lambda device, gib: None)
     report.report(tmp_path, 12, torch.device("cuda"), "", lambda cfg, repeats, limit: seen.append(cfg) or NUMBERS, "bench")
     assert any(cfg.compile for cfg in seen) == compiled and len(seen) > 40
 
 
-def test_a_report_whose_time_is_over_is_a_report(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "training", lambda *args: dict(command="train", ended="came to its end", rows={}))
-    monkeypatch.setattr(report, "what_it_is", lambda device: dict(device="x", torch="2", threads=1))
+def test_a_report_whose_time_is_over_is_a_report(tmp_path, parts_alone):
     report.report(tmp_path, 0, CPU, "", lambda *args, **more: pytest.fail("there was no time"), "bench")
     assert json.loads((tmp_path / "report.json").read_text())["parts"] == []
 
